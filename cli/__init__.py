@@ -1,0 +1,5 @@
+"""The `llmx` command."""
+
+
+def main() -> None:
+    """Console entry point; replaced as commands land."""

@@ -1,0 +1,1 @@
+"""llmx.export: a Hugging Face checkpoint in, a model package out."""

@@ -1,0 +1,160 @@
+"""A PyTorch module as an ONNX graph, lowered by `transformers.exporters`.
+
+The only module that touches transformers' experimental exporter API and torch.onnx internals. Two things are ours:
+
+- Decomposition re-traces the whole program, which is most of an export's time. Where every operator already has an
+  ONNX lowering and none mutates its input, the re-trace would change nothing but `aten.to.*`; `_decompose` then rewrites
+  those in place. Anything unknown goes the long way.
+- `optimize=False`: onnxscript's optimiser is run by `llmx.export.passes`, with the rewrite rules that scale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.onnx._internal.exporter import _decomp, _fx_passes
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from llmx.runtime.errors import UnsupportedModelError
+
+#: Both provider builds that llmx targets read this opset; the exporters' default is newer than the CUDA build.
+OPSET = 21
+
+_NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers", "torch.fx")
+
+
+def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ir.Model:
+    """Trace `module(**inputs)` and return its graph, unoptimised; weights are named as in `module.state_dict()`.
+
+    Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
+    """
+    config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
+    with quiet(), _fast_decomposition():
+        try:
+            model, _ = OnnxExporter().export_program(module, inputs, config)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            deliberate = _cause(error, UnsupportedModelError)
+            if deliberate is not None:
+                raise deliberate from None
+            raise UnsupportedModelError(f"tracing failed: {_first_line(error)}{_place(error)}") from error
+    return model
+
+
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, kind):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    """The root cause's first line: the exporters wrap it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """` (modeling_x.py:123)`: the innermost frame that lies in a model's source."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        name = frame.tb_frame.f_code.co_filename.replace("\\", "/")
+        if "/models/" in name or "modeling_" in name:
+            place = f" ({name.rpartition('/')[2]}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return place
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporters' prints, warnings and loggers: what the user must know, llmx says itself."""
+    levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
+    disabled = logging.root.manager.disable
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _fast_decomposition() -> Iterator[None]:
+    original = _fx_passes.decompose_with_registry
+
+    def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        if not _decompose(program, registry):
+            return original(program, registry)
+        return program
+
+    _fx_passes.decompose_with_registry = decompose
+    try:
+        yield
+    finally:
+        _fx_passes.decompose_with_registry = original
+
+
+def _decompose(program: torch.export.ExportedProgram, registry: Any) -> bool:
+    """Rewrite `program` in place and return True, or leave it and return False when it needs the re-trace."""
+    lowered = set(_decomp.get_onnx_implemented_overloads(registry))
+    table = _decomp.create_onnx_friendly_decomposition_table(lowered)
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    if len(graphs) > 1 or any(_needs_retrace(node, lowered, table) for node in nodes):
+        return False
+    for node in nodes:
+        if node.target in _CONVERSIONS:
+            _rewrite_conversion(node)
+    program.graph_module.recompile()
+    return True
+
+
+_CONVERSIONS: dict[Any, Callable[[Any], torch.dtype | None]] = {
+    torch.ops.aten.to.dtype: lambda node: node.args[1] if len(node.args) > 1 else node.kwargs["dtype"],
+    torch.ops.aten.to.device: lambda node: node.args[2] if len(node.args) > 2 else node.kwargs["dtype"],
+    torch.ops.aten.to.dtype_layout: lambda node: node.kwargs.get("dtype"),
+}
+
+
+def _needs_retrace(node: torch.fx.Node, lowered: set[Any], table: dict[Any, Any]) -> bool:
+    target = node.target
+    if target in _CONVERSIONS or target in lowered:
+        return False
+    if not isinstance(target, torch._ops.OpOverload):
+        return isinstance(target, torch._ops.HigherOrderOperator)
+    if target.namespace != "aten":  # the exporter's own symbolic ops, and asserts on symbolic sizes
+        return target in table or bool(target._schema.is_mutable)
+    return not target.name().startswith(("aten::_assert", "aten::sym_", "aten::_check"))
+
+
+def _rewrite_conversion(node: torch.fx.Node) -> None:
+    """`x.to(…)`: dropped where it keeps the dtype, else the cast that its decomposition would have become."""
+    source = node.args[0]
+    dtype = _CONVERSIONS[node.target](node)
+    value = node.meta["val"]
+    if dtype is None or source.meta["val"].dtype == value.dtype:  # type: ignore[union-attr]
+        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+        node.graph.erase_node(node)
+        return
+    node.target = torch.ops.aten._to_copy.default
+    node.args = (source,)
+    node.kwargs = {"dtype": value.dtype}

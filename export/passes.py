@@ -1,0 +1,168 @@
+"""Graph rewrites, each a small pass that says whether it changed the graph.
+
+`prefill_passes` and `decode_passes` are the visible lists. A pass works on onnx-ir models in place and keeps inputs,
+outputs and their names unless its docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, Sequential
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from onnxscript import rewriter
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+
+from llmx.export.trace import GATHER_POSITIONS
+
+
+class _GatherPositionsPass(InPlacePass):
+    """Base of the two ways to lower the placeholder that gathers the asked positions' hidden states."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        found = [node for node in model.graph if (node.domain, node.op_type) == GATHER_POSITIONS]
+        for node in found:
+            replacement = self.replace(model, node)
+            ir.convenience.replace_all_uses_with(node.outputs[0], replacement, replace_graph_outputs=True)
+            model.graph.remove(node, safe=True)
+        model.opset_imports.pop(GATHER_POSITIONS[0], None)
+        return PassResult(model, modified=bool(found))
+
+    def replace(self, model: ir.Model, node: ir.Node) -> ir.Value:
+        raise NotImplementedError
+
+
+class GatherAskedPositions(_GatherPositionsPass):
+    """Prefill: `GatherND` over [batch, seq, hidden] with indices [batch, asked, 1] and one batch dimension."""
+
+    def replace(self, model: ir.Model, node: ir.Node) -> ir.Value:
+        hidden, positions = node.inputs
+        axis = ir.node("Constant", [], {"value": ir.tensor([2], dtype=ir.DataType.INT64)})
+        index = ir.node("Unsqueeze", [positions, axis.outputs[0]])
+        gather = ir.node("GatherND", [hidden, index.outputs[0]], {"batch_dims": 1})
+        model.graph.insert_before(node, [axis, index, gather])
+        gather.outputs[0].type, gather.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        return gather.outputs[0]
+
+
+class KeepTheOnlyPosition(_GatherPositionsPass):
+    """Decode: the step has one position and its logits are wanted, so the gather goes, and its input with it."""
+
+    def replace(self, model: ir.Model, node: ir.Node) -> ir.Value:
+        hidden, positions = node.inputs
+        assert hidden is not None and positions is not None
+        if positions in model.graph.inputs:
+            model.graph.inputs.remove(positions)
+        return hidden
+
+
+class OneTokenPerRow(InPlacePass):
+    """Decode: fix the sequence size of every graph input at 1, so that shape arithmetic folds away."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for value in [*model.graph.inputs, *model.graph.outputs]:
+            shape = value.shape
+            if shape is None or "seq" not in [str(d) for d in shape] and "asked" not in [str(d) for d in shape]:
+                continue
+            value.shape = ir.Shape([1 if str(dim) in ("seq", "asked") else dim for dim in shape])
+            modified = True
+        for node in model.graph:  # shapes recorded for a symbolic sequence are stale now, and folding would trust them
+            for output in node.outputs:
+                if output.shape is not None and not output.is_graph_output() and not output.shape.is_static():
+                    output.shape = None
+        return PassResult(model, modified=modified)
+
+
+class TransposedMatMul(InPlacePass):
+    """`MatMul(x, Transpose(weight))` with a stored 2-D weight becomes `FusedMatMul(x, weight, transB=1)`.
+
+    Checkpoints store linear layers as [out, in]. Left as a Transpose, the runtime would materialise a second copy of
+    every weight, of a tied embedding for good. FusedMatMul: com.microsoft, CPU and CUDA.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in model.graph:
+            if node.op_type != "MatMul" or node.domain != "" or node.inputs[1] is None:
+                continue
+            transpose = node.inputs[1].producer()
+            if transpose is None or transpose.op_type != "Transpose" or transpose.domain != "":
+                continue
+            weight = transpose.inputs[0]
+            perm = transpose.attributes.get("perm")
+            if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
+                continue
+            if perm is not None and list(perm.as_ints()) != [1, 0]:
+                continue
+            node.replace_input_with(1, weight)
+            node.op_type, node.domain = "FusedMatMul", "com.microsoft"
+            node.version = 1
+            node.attributes["transB"] = ir.AttrInt64("transB", 1)
+            modified = True
+        if modified:
+            model.opset_imports.setdefault("com.microsoft", 1)
+        return PassResult(model, modified=modified)
+
+
+@functools.cache
+def _rewrite_rules() -> rewriter.RewriteRuleSet:
+    """onnxscript's default rules, less those with several outputs.
+
+    To match one of those, the rewriter indexes the whole graph anew for each node: quadratic in the number of layers.
+    """
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.num_outputs == 1]
+    return rewriter.RewriteRuleSet(rules)
+
+
+def _simplify() -> list[ir.passes.PassBase]:
+    return [
+        FoldConstantsPass(
+            shape_inference=True,
+            input_size_limit=8192,
+            output_size_limit=512 * 512,
+            always_fold_ops=frozenset(),  # by default transposed weights: would read and copy every linear layer
+        ),
+        rewriter.RewritePass(_rewrite_rules()),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedFunctionsPass(),
+        RemoveUnusedOpsetsPass(),
+    ]
+
+
+def _tidy() -> list[ir.passes.PassBase]:
+    return [
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        DeduplicateInitializersPass(),
+        CommonSubexpressionEliminationPass(),
+        IdentityEliminationPass(),
+        TransposedMatMul(),
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+    ]
+
+
+def prefill_passes() -> Sequential:
+    """From the raw trace to the prefill graph."""
+    return Sequential(InlinePass(), GatherAskedPositions(), *_simplify(), *_tidy())
+
+
+def decode_passes() -> Sequential:
+    """From the raw trace to the decode graph: [batch, 1] tokens, no `logits_positions` input."""
+    return Sequential(InlinePass(), KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy())
+
+
+def both_graphs(traced: ir.Model) -> tuple[ir.Model, ir.Model]:
+    """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
+    decode = traced.clone()
+    return prefill_passes()(traced).model, decode_passes()(decode).model

@@ -1,0 +1,1 @@
+"""llmx.runtime: a model package in, tokens out, on numpy, onnxruntime and tokenizers alone."""

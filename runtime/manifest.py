@@ -1,0 +1,240 @@
+"""The manifest `llmx.json`: everything that the runtime needs to know of a package.
+
+The exporter builds a `Manifest` and writes it; the runtime reads it and never looks at a model's name. The format is
+versioned as `major.minor`: an unknown major is refused, a newer minor only adds fields that may be ignored. The JSON
+Schema beside this file (`manifest.schema.json`) describes the same format for other tools.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from llmx.runtime.errors import PackageError
+
+MANIFEST_FILE = "llmx.json"
+FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+
+#: Roles of graph inputs and outputs, with dtype and shape.
+#: - `input_ids`              int64 [batch, seq]
+#: - `position_ids`           int64 [batch, seq], absolute
+#: - `seqlens_k`              int32 [batch], tokens in the cache after the call, minus one (GroupQueryAttention)
+#: - `total_sequence_length`  int32 scalar on the CPU, the batch's maximum of `seqlens_k + 1`
+#: - `query_seqlens`          int32 [batch], valid tokens of each right-padded row
+#: - `logits_positions`       int64 [batch, asked], columns of `input_ids` whose logits are wanted
+#: - `state`                  a past or present tensor, described in `Manifest.state`
+#: - `logits`                 [batch, asked, vocab]
+INPUT_ROLES = (
+    "input_ids",
+    "position_ids",
+    "seqlens_k",
+    "total_sequence_length",
+    "query_seqlens",
+    "logits_positions",
+    "state",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output. `shape` mixes ints and the names `batch`, `seq`, `asked`, `slots`, `max_length`."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    file: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+    def input_named(self, role: str) -> str | None:
+        """The name of the input with this role, or None where the graph has none."""
+        return next((t.name for t in self.inputs if t.role == role), None)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One state tensor: `in_place` buffers are bound as past and present at once.
+
+    `shape` is the buffer's template, e.g. `["slots", 3, "max_length", 64]`. `window` is the number of positions that
+    the layer attends to (None: all). Row `slot` of the outermost axis belongs to one request.
+    """
+
+    layer: int
+    part: str  # "key" | "value"
+    layout: str  # "in_place"
+    input: str
+    output: str
+    dtype: str
+    shape: list[int | str]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """Special tokens as ids and, for chat templates, as text. `eos_token_ids` may be several."""
+
+    file: str = "tokenizer.json"
+    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)  # further named templates: name -> file
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = field(default_factory=list)
+    pad_token_id: int | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", …
+    clean_up_tokenization_spaces: bool = False
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    context_length: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the exporter compared with PyTorch. `status`: "passed", or "skipped" with the `reason`."""
+
+    status: str
+    reason: str | None = None
+    max_abs_diff: float | None = None
+    tolerance: float | None = None
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    family: str  # "decoder" | "encoder-decoder" | "encoder"
+    name: str
+    target: str  # "cpu" | "cuda"
+    dtype: str  # of weights, activations, state and logits: "float32" | "float16" | "bfloat16"
+    model: ModelInfo
+    graphs: dict[str, GraphInfo]
+    state: list[StateTensor]
+    tokenizer: TokenizerInfo
+    generation: dict[str, Any]  # SamplingParams fields that the checkpoint's generation_config sets
+    source: dict[str, Any]  # model, revision, architecture, adapter
+    created_by: dict[str, str]  # library -> version
+    verification: Verification
+    files: dict[str, FileInfo]
+    quantization: dict[str, Any] | None = None
+    min_onnxruntime: str = "1.31"
+    format: str = "llmx"
+    format_version: str = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+
+    def state_bytes_per_token(self) -> int:
+        """Bytes of state that one position of one slot takes, over all layers."""
+        from llmx.runtime.dtypes import itemsize
+
+        total = 0
+        for tensor in self.state:
+            elements = 1
+            for dim in tensor.shape:
+                elements *= dim if isinstance(dim, int) else 1
+            total += elements * itemsize(tensor.dtype)
+        return total
+
+    def to_json(self) -> str:
+        """Stable text: fields in declaration order, two-space indent, trailing newline."""
+        ordered = {key: getattr(self, key) for key in ("format", "format_version")}
+        return json.dumps({**ordered, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = MANIFEST_FILE) -> Manifest:
+        """Parse and check. Raises PackageError for anything but a manifest of a known major version."""
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PackageError(f"{where} is not valid JSON ({error}); export the model again.") from None
+        if not isinstance(raw, dict) or raw.get("format") != "llmx":
+            raise PackageError(f"{where} is not an llmx manifest; export the model with `llmx export`.")
+        version = str(raw.get("format_version", ""))
+        major = version.split(".")[0]
+        if not major.isdigit() or int(major) != FORMAT_MAJOR:
+            raise PackageError(
+                f"{where} has format version {version or '(none)'}, and this llmx reads version {FORMAT_MAJOR}.x; "
+                "upgrade llmx, or export the model again with this version."
+            )
+        parsed: Manifest = _parse(Manifest, raw, where)
+        if "prefill" not in parsed.graphs and parsed.family == "decoder":
+            raise PackageError(f"{where}: graphs.prefill is missing; export the model again.")
+        return parsed
+
+
+def _parse(kind: Any, raw: Any, where: str) -> Any:
+    """`raw` JSON as `kind`, a dataclass or a builtin generic of them; unknown keys are ignored (a newer minor)."""
+    origin = get_origin(kind)
+    if kind is Any:
+        return raw
+    if origin in (Union, UnionType):
+        options = get_args(kind)
+        if raw is None and type(None) in options:
+            return None
+        concrete = [option for option in options if option is not type(None)]
+        if len(concrete) == 1:
+            return _parse(concrete[0], raw, where)
+        if type(raw) in concrete:
+            return raw
+    elif origin is list and isinstance(raw, list):
+        return [_parse(get_args(kind)[0], item, f"{where}[{index}]") for index, item in enumerate(raw)]
+    elif origin is dict and isinstance(raw, dict):
+        return {key: _parse(get_args(kind)[1], value, f"{where}.{key}") for key, value in raw.items()}
+    elif hasattr(kind, "__dataclass_fields__") and isinstance(raw, dict):
+        return _parse_dataclass(kind, raw, where)
+    elif kind is float and type(raw) in (int, float):
+        return float(raw)
+    elif isinstance(kind, type) and type(raw) is kind:
+        return raw
+    wanted = getattr(kind, "__name__", str(kind))
+    raise PackageError(
+        f"{where} should be {wanted} and is {json.dumps(raw)[:60]}; the manifest is damaged: export the model again."
+    )
+
+
+def _parse_dataclass(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{f.name: _parse(hints[f.name], raw[f.name], f"{where}.{f.name}") for f in fields(kind) if f.name in raw})
+    except TypeError as error:
+        missing = str(error).rpartition(": ")[2]
+        raise PackageError(f"{where} lacks {missing}; the manifest is damaged: export the model again.") from None
+
+
+def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
+    """Read `folder/llmx.json` and check that every file it lists is there with its size (not its hash).
+
+    Raises PackageError: no such folder, no manifest, a newer major version, a missing or truncated file.
+    """
+    if not folder.is_dir():
+        raise PackageError(f"There is no model package at {folder}; create one with `llmx export --model … --output {folder}`.")
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        hint = " (it looks like a Hugging Face checkpoint: export it first)" if (folder / "config.json").is_file() else ""
+        raise PackageError(f"{folder} is not a model package{hint}: it has no {MANIFEST_FILE}; run `llmx export`.")
+    manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    if check_sizes:
+        for name, info in manifest.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise PackageError(f"{folder} lacks {name}, which its manifest lists; copy or export the package again.")
+            if file.stat().st_size != info.size:
+                raise PackageError(
+                    f"{file} has {file.stat().st_size:,} bytes and its manifest says {info.size:,}: it was cut short or "
+                    "altered; copy or export the package again."
+                )
+    return manifest
