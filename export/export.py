@@ -1,0 +1,239 @@
+"""`export_model`: load, trace, rewrite, write, verify."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmx.export.attention import LayerState
+from llmx.export.checkpoint import Checkpoint, open_checkpoint
+from llmx.export.package import (
+    check_free_space,
+    describe_graph,
+    hash_files,
+    package_folder,
+    weight_bytes,
+    write_graphs,
+    write_manifest,
+)
+from llmx.export.passes import both_graphs
+from llmx.export.targets import TARGETS, Target
+from llmx.export.tokenizer import generation_defaults, write_tokenizer
+from llmx.export.trace import probe_layers, state_names, trace
+from llmx.export.verify import verify
+from llmx.export.weights import SourceModel, build_source
+from llmx.runtime.errors import ExportError, UnsupportedModelError
+from llmx.runtime.manifest import Manifest, ModelInfo, StateTensor, Verification
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how. `dtype` and `max_length` of None mean the target's default and the model's context."""
+
+    model: str
+    output: Path | None = None
+    target: str = "cpu"
+    dtype: str | None = None
+    max_length: int | None = None
+    revision: str | None = None
+    adapter: Path | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the package lies, what it holds, how long each stage took (seconds) and what the user should know."""
+
+    path: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+class Reporter:
+    """Receives progress; the base class ignores it. `advance` counts within a stage, in units of the stage."""
+
+    def stage(self, name: str) -> None: ...
+
+    def advance(self, done: int, total: int) -> None: ...
+
+
+class _Stages:
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter, self.seconds = reporter, {}  # type: Reporter, dict[str, float]
+        self._name, self._start = "", 0.0
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        self.reporter.stage(name)
+
+    def end(self) -> None:
+        if self._name:
+            self.seconds[self._name] = time.perf_counter() - self._start
+            self._name = ""
+
+
+def export_model(options: ExportOptions, reporter: Reporter | None = None) -> ExportResult:
+    """Export a causal language model to a package and verify it against PyTorch.
+
+    Raises CheckpointError, UnsupportedModelError, VerificationError or ExportError; in each case nothing is left at the
+    output.
+    """
+    stages, warnings = _Stages(reporter or Reporter()), []  # type: _Stages, list[str]
+    stages.begin("load")
+    target = _target(options.target)
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    output = options.output or Path("artifacts") / checkpoint.short_name
+    dtype = _dtype(options, target, checkpoint)
+    with package_folder(output, options.force) as folder, torch.no_grad():
+        context = _context_length(checkpoint, options.max_length)
+        tokenizer = write_tokenizer(checkpoint, folder)
+        defaults, ignored = generation_defaults(checkpoint)
+        if ignored:
+            warnings.append(f"generation_config sets {', '.join(ignored)}, which llmx does not apply; output may differ from transformers' default.")
+        source = build_source(checkpoint, getattr(torch, dtype), options.adapter, warnings.append)
+        _check_vocabulary(source, folder, tokenizer.file)
+
+        stages.begin("trace")
+        layers = _explain(checkpoint, lambda: probe_layers(source.module))
+        traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
+
+        stages.begin("rewrite")
+        prefill, decode = both_graphs(traced)
+        vocab = int(prefill.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
+
+        stages.begin("write")
+        check_free_space(folder, int(weight_bytes([prefill, decode]) * 1.02))
+        write_graphs(folder, {"prefill.onnx": prefill, "decode.onnx": decode}, source, stages.reporter.advance)
+        numbers = [layer.layer for layer in layers]
+        manifest = Manifest(
+            family="decoder",
+            name=checkpoint.short_name,
+            target=target.name,
+            dtype=dtype,
+            model=ModelInfo(context, vocab, _hidden_size(source), len(layers), source.num_parameters),
+            graphs={
+                "prefill": describe_graph("prefill.onnx", prefill, numbers),
+                "decode": describe_graph("decode.onnx", decode, numbers),
+            },
+            state=_state(layers, dtype),
+            tokenizer=tokenizer,
+            generation=defaults,
+            source=_source_info(checkpoint, options, source),
+            created_by=_versions(),
+            verification=Verification("skipped", reason="not verified yet"),
+            files=hash_files(folder),
+            min_onnxruntime=target.min_onnxruntime,
+        )
+        del source, traced, prefill, decode
+        stages.begin("verify")
+        manifest = _verified(manifest, folder, checkpoint, options, stages.reporter)
+        if manifest.verification.status == "skipped" and options.verify:
+            warnings.append(f"The package was not verified: {manifest.verification.reason}.")
+        write_manifest(folder, manifest)
+    stages.end()
+    return ExportResult(output, manifest, stages.seconds, warnings)
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise ExportError(f"There is no target {name!r}; choose one of {', '.join(TARGETS)}.")
+    return TARGETS[name]
+
+
+def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> str:
+    if options.dtype is not None:
+        if options.dtype not in DTYPES:
+            raise ExportError(f"There is no dtype {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
+        return DTYPES[options.dtype]
+    own = str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch.")
+    return own if target.default_dtype is None and own in DTYPES.values() else target.default_dtype or "float16"
+
+
+def _context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
+    config = checkpoint.config.get_text_config(decoder=True)
+    known = next((v for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if (v := getattr(config, n, None))), None)
+    if known is None and wanted is None:
+        raise ExportError(f"{checkpoint.name} does not say how long its context is; give --max-length.")
+    if wanted is not None and (wanted < 2 or (known is not None and wanted > known)):
+        raise ExportError(f"--max-length must lie between 2 and the model's context of {known} positions, and is {wanted}.")
+    return int(wanted or known or 0)
+
+
+def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) -> None:
+    """A token past the embedding would read beyond it at run time."""
+    from tokenizers import Tokenizer
+
+    tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
+    rows = source.module.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    highest = max(tokens.values(), default=0)
+    if highest >= rows:
+        raise ExportError(f"The tokenizer has token id {highest} and the model only {rows} embeddings; they do not belong together.")
+
+
+def _explain(checkpoint: Checkpoint, work: Callable[[], Any]) -> Any:
+    """Run `work`, prefixing whatever it finds unsupported with the architecture's name."""
+    try:
+        return work()
+    except UnsupportedModelError as error:
+        architecture = (getattr(checkpoint.config, "architectures", None) or [checkpoint.config.model_type])[0]
+        raise UnsupportedModelError(f"{architecture} cannot be exported: {error}") from error.__cause__
+
+
+def _hidden_size(source: SourceModel) -> int:
+    return int(source.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+
+
+def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
+    return [
+        StateTensor(s.layer, part, "in_place", past, present, dtype, ["slots", s.kv_heads, "max_length", s.head_dim], s.window)
+        for s in layers
+        for part, past, present in state_names(s.layer)
+    ]
+
+
+def _source_info(checkpoint: Checkpoint, options: ExportOptions, source: SourceModel) -> dict[str, Any]:
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "architecture": type(source.module).__name__,
+        "model_type": checkpoint.config.model_type,
+        "adapter": options.adapter.name if options.adapter else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("llmx", "torch", "transformers", "onnx-ir", "onnxscript")}
+
+
+def _verified(
+    manifest: Manifest, folder: Path, checkpoint: Checkpoint, options: ExportOptions, reporter: Reporter
+) -> Manifest:
+    from dataclasses import replace
+
+    from llmx.export.targets import cannot_verify
+
+    reason = "--no-verify was given" if not options.verify else cannot_verify(manifest)
+    if reason is not None:
+        return replace(manifest, verification=Verification("skipped", reason=reason))
+    from llmx.runtime.llm import open_backend
+
+    windows = sorted({t.window for t in manifest.state if t.window is not None})
+    longest = min(manifest.model.context_length, 2048)
+    backend = open_backend(folder, replace(manifest, target="cpu"), device="cpu", max_length=longest, slots=4, mapped_cache=False)
+    try:
+        result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, reporter.advance)
+    finally:
+        backend.close()
+    return replace(manifest, verification=result)

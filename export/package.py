@@ -1,0 +1,180 @@
+"""Writing a package: weights once, two graphs that point at them, then the manifest that vouches for all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+
+from llmx.export.trace import state_names
+from llmx.export.weights import SourceModel
+from llmx.runtime.errors import ExportError
+from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, GraphInfo, Manifest, TensorInfo
+
+WEIGHTS_FILE = "weights.data"
+ALIGNMENT = 4096  # a page: the runtime maps tensors where they lie
+_INLINE_BELOW = 4096  # smaller tensors stay inside the graph files
+_PREFIX = "model."  # PrefillModule holds the model under this name
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@contextlib.contextmanager
+def package_folder(output: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises ExportError: `output` exists (without `force`), or nothing can be written there.
+    """
+    if output.exists() and not force:
+        raise ExportError(f"{output} already exists; choose another --output, or replace it with --force.")
+    if output.exists() and not _is_replaceable(output):
+        raise ExportError(f"{output} is not a model package, so --force does not replace it; choose another --output.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise ExportError(f"Nothing can be written to {output.parent}: {error.strerror or error}.") from None
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if output.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
+            output.rename(retired / output.name)
+            partial.rename(output)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            partial.rename(output)
+    except OSError as error:
+        raise ExportError(f"Writing {output} failed: {error.strerror or error} (nothing was left behind).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_replaceable(output: Path) -> bool:
+    return output.is_dir() and ((output / MANIFEST_FILE).is_file() or not any(output.iterdir()))
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises ExportError before anything is written when `needed` bytes do not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(
+            f"The package needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; free some space or "
+            "choose another --output."
+        )
+
+
+def weight_bytes(graphs: list[ir.Model]) -> int:
+    """Bytes of all tensors that the graphs share, each counted once."""
+    sizes = {}
+    for model in graphs:
+        for value in model.graph.initializers.values():
+            if value.const_value is not None:
+                sizes[value.name] = value.const_value.nbytes
+    return sum(sizes.values())
+
+
+def write_graphs(folder: Path, graphs: dict[str, ir.Model], source: SourceModel, progress: Progress) -> None:
+    """Write `weights.data` and one file per graph. Initializers with the same name are the same tensor."""
+    parameters = dict(source.module.named_parameters())
+    total = weight_bytes(list(graphs.values()))
+    written: dict[str, ir.ExternalTensor] = {}
+    done = 0
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        for model in graphs.values():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or value.name is None:
+                    continue
+                name = value.name.removeprefix(_PREFIX)
+                bound = parameters.get(name)
+                if tensor.nbytes < _INLINE_BELOW:
+                    if bound is not None:  # its memory may be uninitialised: read the checkpoint's
+                        raw = b"".join(source.chunks(name, bound))
+                        value.const_value = _inline(tensor, raw)
+                    continue
+                if value.name not in written:
+                    _pad(file)
+                    offset = file.tell()
+                    chunks = source.chunks(name, bound) if bound is not None else iter([tensor.tobytes()])
+                    for chunk in chunks:
+                        file.write(chunk)
+                        done += len(chunk)
+                        progress(done, total)
+                    length = file.tell() - offset
+                    if length != tensor.nbytes:
+                        raise ExportError(f"{value.name} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph.")
+                    written[value.name] = ir.ExternalTensor(
+                        WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+                    )
+                value.const_value = written[value.name]
+        file.flush()
+        os.fsync(file.fileno())
+    for name, model in graphs.items():
+        _strip(model)
+        ir.save(model, folder / name)
+
+
+def _inline(tensor: ir.TensorProtocol, raw: bytes) -> ir.TensorProtocol:
+    import numpy as np
+
+    array = np.frombuffer(raw, dtype=tensor.dtype.numpy()).reshape(tensor.shape.numpy())
+    return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter notes on each node (stack traces, signatures): paths of the exporting machine among them."""
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    model.producer_name, model.producer_version = "llmx", None
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def describe_graph(file: str, model: ir.Model, layers: list[int]) -> GraphInfo:
+    """The manifest's entry of a graph: each input and output with its role, dtype and shape."""
+    state = {name for layer in layers for _, *names in state_names(layer) for name in names}
+
+    def info(value: ir.Value) -> TensorInfo:
+        assert value.name is not None and value.dtype is not None and value.shape is not None
+        shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+        return TensorInfo(value.name, "state" if value.name in state else value.name, dtype_name(value.dtype), shape)
+
+    return GraphInfo(file, [info(v) for v in model.graph.inputs], [info(v) for v in model.graph.outputs])
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    return {"FLOAT": "float32"}.get(dtype.name, dtype.name.lower())
+
+
+def hash_files(folder: Path) -> dict[str, FileInfo]:
+    """Size and sha256 of every file of the package but its manifest."""
+    files = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST_FILE):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.name] = FileInfo(path.stat().st_size, digest)
+    return files
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

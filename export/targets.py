@@ -1,0 +1,39 @@
+"""Targets: what a package is built for, one row of data each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmx.runtime.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Target:
+    """`query_seqlens`: whether the provider's GroupQueryAttention takes that input. `default_dtype` None: the checkpoint's."""
+
+    name: str
+    provider: str
+    query_seqlens: bool
+    default_dtype: str | None
+    min_onnxruntime: str
+
+
+TARGETS = {
+    "cpu": Target("cpu", "CPUExecutionProvider", True, "float32", "1.32"),
+    # onnxruntime-gpu is one release behind: no query_seqlens before 1.32
+    "cuda": Target("cuda", "CUDAExecutionProvider", False, None, "1.31"),
+}
+
+
+def cannot_verify(manifest: Manifest) -> str | None:
+    """Why this machine cannot run the package beside PyTorch, or None where it can (a CUDA graph runs on the CPU too)."""
+    from llmx.runtime.machine import available_memory
+
+    if manifest.dtype == "bfloat16":
+        return "the CPU provider has no bfloat16 kernels; run `llmx verify` on a GPU machine"
+    weights = manifest.files["weights.data"].size
+    needed = 4 * manifest.model.parameters + 2 * weights
+    free = available_memory()
+    if needed > free:
+        return f"it would take about {needed / 1e9:.0f} GB beside PyTorch and {free / 1e9:.0f} GB are free"
+    return None

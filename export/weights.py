@@ -1,0 +1,224 @@
+"""From a checkpoint's tensors to `weights.data`, without holding the model in memory.
+
+The model is built with uninitialised parameters, which cost no memory until touched. Each parameter is bound to the
+checkpoint tensor of its name and read from the safetensors file when it is written. Where a parameter has no such
+tensor of its shape (renamed, merged, adapted), the model is loaded by transformers instead and written from memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmx.export.attention import IMPLEMENTATION
+from llmx.export.checkpoint import Checkpoint
+from llmx.export.lowering import quiet
+from llmx.runtime.errors import CheckpointError, ExportError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CHUNK = 32 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor inside a safetensors file, by byte range."""
+
+    file: Path
+    offset: int
+    length: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[bytes]:
+        """The tensor's bytes as `dtype`, a few tens of megabytes at a time."""
+        with self.file.open("rb", buffering=0) as file:
+            done = 0
+            while done < self.length:
+                raw = bytearray(os.pread(file.fileno(), min(_CHUNK, self.length - done), self.offset + done))
+                if not raw:
+                    raise CheckpointError(f"{self.file} ends before its tensors do; download it again.")
+                done += len(raw)
+                yield as_bytes(torch.frombuffer(raw, dtype=self.dtype), dtype)
+
+
+def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+    """Little-endian bytes of `tensor` as `dtype`. Raises ExportError where a finite value overflows it."""
+    converted = tensor.detach().to("cpu", dtype).contiguous()
+    if converted.dtype != tensor.dtype and converted.is_floating_point() and not torch.isfinite(converted).all():
+        if torch.isfinite(tensor).all():
+            raise ExportError(f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32.")
+    return converted.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's safetensors files by name. Raises CheckpointError for a damaged file."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        size = file.stat().st_size
+        try:
+            with file.open("rb") as handle:
+                (header_size,) = struct.unpack("<Q", handle.read(8))
+                if header_size > size:
+                    raise ValueError("header longer than the file")
+                header = json.loads(handle.read(header_size))
+            for name, info in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = info["data_offsets"]
+                if 8 + header_size + end > size:
+                    raise ValueError("data cut short")
+                dtype = _DTYPES.get(info["dtype"])
+                if dtype is not None:
+                    tensors[name] = StoredTensor(file, 8 + header_size + start, end - start, dtype, tuple(info["shape"]))
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); download it again.") from None
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+@dataclass
+class SourceModel:
+    """A model ready to trace, and where each of its parameters' values come from (by name)."""
+
+    module: torch.nn.Module
+    stored: dict[str, StoredTensor]  # empty: the module holds its values
+
+    def chunks(self, name: str, tensor: torch.Tensor) -> Iterator[bytes]:
+        """Bytes of parameter `name` in its own dtype."""
+        if self.stored:
+            yield from self.stored[name].chunks(tensor.dtype)
+        else:
+            yield as_bytes(tensor, tensor.dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+
+def build_source(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    adapter: Path | None,
+    warn: Callable[[str], None],
+) -> SourceModel:
+    """Build the model for tracing, weights bound to the checkpoint where they can be, else loaded."""
+    if adapter is None:
+        module = _build_empty(checkpoint, dtype)
+        stored = _bind(module, checkpoint, dtype)
+        if stored is not None:
+            return SourceModel(module, stored)
+        del module
+    return SourceModel(load_model(checkpoint, dtype, adapter, IMPLEMENTATION), {})
+
+
+def _build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with quiet(), no_init_weights(), _construction_errors(checkpoint):
+        module = AutoModelForCausalLM.from_config(
+            checkpoint.config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            trust_remote_code=checkpoint.trust_remote_code,
+        )
+        module.tie_weights()
+    return module.eval()
+
+
+def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, StoredTensor] | None:
+    """Parameter name -> checkpoint tensor, or None where the checkpoint must be loaded by transformers."""
+    from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
+
+    if any(isinstance(rule, WeightConverter) for rule in get_model_conversion_mapping(module)):
+        return None
+    if dtype != torch.float32 and (module._keep_in_fp32_modules or module._keep_in_fp32_modules_strict):
+        return None
+    found = read_index(checkpoint.path)
+    prefix = module.base_model_prefix + "."
+    bound: dict[str, StoredTensor] = {}
+    for name, parameter in module.named_parameters():
+        candidates = [name, name.removeprefix(prefix)]
+        tensor = next((found[c] for c in candidates if c in found), None)
+        if tensor is None or tensor.shape != tuple(parameter.shape):
+            return None
+        bound[name] = tensor
+    persistent = set(module.state_dict()) & {name for name, _ in module.named_buffers()}
+    return None if persistent else bound
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None = None, attention: str = "eager"
+) -> torch.nn.Module:
+    """The model as transformers loads it, with a LoRA adapter merged in when given.
+
+    Raises CheckpointError where weights are missing or of another shape, or the adapter does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), _construction_errors(checkpoint):
+        module, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=checkpoint.config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=checkpoint.trust_remote_code,
+            output_loading_info=True,
+        )
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in report.get(kind, ()))
+        if names:
+            raise CheckpointError(
+                f"{checkpoint.name} lacks weights for {len(names)} of the model's parameters ({kind.replace('_', ' ')}: "
+                f"{names[0]} …); its config and weights do not belong together."
+            )
+    if adapter is not None:
+        module = _merge_adapter(module, adapter)
+    return module.eval()
+
+
+def _merge_adapter(module: Any, adapter: Path) -> Any:
+    if not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError(f"{adapter} is not a PEFT adapter: it has no adapter_config.json.")
+    try:
+        from peft import PeftModel
+    except ImportError:
+        from llmx.runtime.errors import MissingDependencyError
+
+        raise MissingDependencyError('--adapter needs peft: pip install "llmx[export]".') from None
+    try:
+        with quiet():
+            merged = PeftModel.from_pretrained(module, str(adapter)).merge_and_unload(safe_merge=True)
+    except Exception as error:
+        raise CheckpointError(f"The adapter {adapter} does not fit the model: {str(error).strip().splitlines()[0][:200]}") from None
+    return merged
+
+
+@contextmanager
+def _construction_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"transformers cannot build {checkpoint.name}: {text[0][:240]}") from error
