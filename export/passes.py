@@ -125,13 +125,23 @@ def _rewrite_rules() -> rewriter.RewriteRuleSet:
     return rewriter.RewriteRuleSet(rules)
 
 
+def _may_fold(node: ir.Node) -> bool | None:
+    """Never compute on a parameter: its memory is uninitialised until the checkpoint is read, at writing."""
+    return False if any(value is not None and is_parameter(value) for value in node.inputs) else None
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether an initializer is one of the model's parameters, as torch.export noted on it."""
+    return value.metadata_props.get("pkg.torch.export.graph_signature.InputSpec.kind") == "PARAMETER"
+
+
 def _simplify() -> list[ir.passes.PassBase]:
     return [
         FoldConstantsPass(
             shape_inference=True,
             input_size_limit=8192,
             output_size_limit=512 * 512,
-            always_fold_ops=frozenset(),  # by default transposed weights: would read and copy every linear layer
+            should_fold=_may_fold,
         ),
         rewriter.RewritePass(_rewrite_rules()),
         RemoveUnusedNodesPass(),

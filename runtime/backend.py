@@ -1,0 +1,151 @@
+"""What runs a package's graphs: tokens and positions in, logits out. The scheduler knows nothing else of it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmx.runtime.dtypes import numpy_dtype
+from llmx.runtime.errors import LlmxError, OutOfMemoryError
+from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+from llmx.runtime.providers import Device, import_onnxruntime
+from llmx.runtime.state import StatePool
+
+
+class Backend(Protocol):
+    """A model with `slots` rows of state, each `max_length` positions long."""
+
+    slots: int
+    max_length: int
+    vocab_size: int
+
+    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+        """Run int64 [n] tokens at positions `start` … `start + n - 1` of `slot`.
+
+        Returns logits [k, vocab] of the k asked columns (int64 [k], each in 0 … n-1); k may be 0. The array may be
+        overwritten by the next call.
+        """
+        ...
+
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """One token for each of the slots 0 … n-1: int64 [n] tokens, and how many positions each slot holds before it.
+
+        Returns logits [n, vocab], valid until the next call. A row that is idle passes any token and its own length:
+        it writes at its own next position alone, which its next owner overwrites.
+        """
+        ...
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` positions of slot `target` those of `source`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class OrtBackend:
+    """A package on onnxruntime with IO binding: addresses are bound once, a step writes a few integers.
+
+    Invariant: past and present of a state tensor are bound to the same memory, so a run updates the state in place.
+    """
+
+    def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
+        self.manifest = manifest
+        self.slots, self.max_length = state.plan.slots, state.plan.max_length
+        self.vocab_size = manifest.model.vocab_size
+        self._sessions = sessions
+        self._state = state
+        self._device = device
+        self._decode_steps: dict[int, _Step] = {}
+        self._run_options = import_onnxruntime().RunOptions()
+        # One binding serves all prefills: its shapes change, so it is rebound each time.
+        self._prefill_graph = manifest.graphs["prefill"]
+
+    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+        count = len(token_ids)
+        assert 0 <= start and start + count <= self.max_length and 0 <= slot < self.slots
+        asked = positions if len(positions) else np.zeros(1, np.int64)  # an empty axis is not worth a kernel's corner case
+        step = _Step(self._sessions["prefill"], self._prefill_graph, self._state, slot, 1, count, len(asked), self.manifest)
+        step.feed("input_ids", np.asarray(token_ids)[None])
+        step.feed("position_ids", np.arange(start, start + count)[None])
+        step.feed("logits_positions", np.asarray(asked)[None])
+        step.feed("seqlens_k", start + count - 1)
+        step.feed("total_sequence_length", start + count)
+        step.feed("query_seqlens", count)
+        return step.run(self._run_options)[0, : len(positions)]
+
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        rows = len(token_ids)
+        step = self._decode_steps.get(rows)
+        if step is None:
+            step = _Step(self._sessions["decode"], self.manifest.graphs["decode"], self._state, 0, rows, 1, 1, self.manifest)
+            step.feed("query_seqlens", 1)
+            self._decode_steps[rows] = step
+        step.feed("input_ids", token_ids[:, None])
+        step.feed("position_ids", lengths[:, None])
+        step.feed("seqlens_k", lengths)
+        step.feed("total_sequence_length", lengths.max() + 1)
+        return step.run(self._run_options)[:, 0]
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        self._state.copy_slot(source, target, length)
+
+    def close(self) -> None:
+        """Free sessions and state; the backend must not be used afterwards."""
+        self._decode_steps.clear()
+        self._sessions.clear()
+        self._state.close()
+
+
+class _Step:
+    """One bound call: `rows` slots from `first` on, `seq` tokens each, logits of `asked` columns."""
+
+    def __init__(
+        self, session: Any, graph: GraphInfo, state: StatePool, first: int, rows: int, seq: int, asked: int, manifest: Manifest
+    ) -> None:
+        ort = import_onnxruntime()
+        self._session = session
+        self._binding = session.io_binding()
+        self._arrays: dict[str, np.ndarray] = {}
+        sizes = {"batch": rows, "seq": seq, "asked": asked}
+        for info in graph.inputs:
+            if info.role != "state":
+                shape = [sizes[dim] if isinstance(dim, str) else dim for dim in info.shape]
+                array = np.zeros(shape, numpy_dtype(info.dtype))
+                self._arrays[info.role] = array
+                self._binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._logits = np.empty((rows, asked, manifest.model.vocab_size), numpy_dtype(graph.outputs[0].dtype))
+        self._binding.bind_ortvalue_output(graph.outputs[0].name, _ort_value(ort, self._logits))
+        for tensor, view in zip(state.tensors, state.rows(first, rows), strict=True):
+            self._bind_state(ort, tensor, view)
+
+    def _bind_state(self, ort: Any, tensor: StateTensor, view: np.ndarray) -> None:
+        value = _ort_value(ort, view)
+        self._binding.bind_ortvalue_input(tensor.input, value)
+        self._binding.bind_ortvalue_output(tensor.output, value)
+
+    def feed(self, role: str, value: Any) -> None:
+        """Write an input's numbers in place; a role that the graph lacks is ignored."""
+        array = self._arrays.get(role)
+        if array is not None:
+            array[...] = value
+
+    def run(self, options: Any) -> np.ndarray:
+        """Logits [rows, asked, vocab], overwritten by the next run of this step."""
+        try:
+            self._session.run_with_iobinding(self._binding, options)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            reason = " ".join(str(error).split())[:300]
+            if "llocat" in reason or "memory" in reason.lower():
+                raise OutOfMemoryError(f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk.") from None
+            raise LlmxError(f"onnxruntime failed to run the graph: {reason}") from None
+        return self._logits
+
+
+def _ort_value(ort: Any, array: np.ndarray) -> Any:
+    """An OrtValue over `array`'s memory (no copy). The array must outlive it."""
+    if array.dtype in (np.float32, np.float16, np.int64, np.int32):
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as CValue  # bfloat16: numpy does not know it
+
+    return ort.OrtValue(CValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16))

@@ -1,0 +1,94 @@
+"""onnxruntime sessions of a package's graphs, with the weights in memory once."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmx.runtime.errors import PackageError, ProviderError
+from llmx.runtime.machine import usable_cpus
+from llmx.runtime.manifest import Manifest
+from llmx.runtime.mapped_cache import MappedCache
+from llmx.runtime.providers import Device, import_onnxruntime
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """`threads` None: the CPUs the process may use. `spin`: busy-wait between operators (faster, burns idle CPU)."""
+
+    threads: int | None = None
+    spin: bool = True
+    mapped_cache: bool = True
+    cache_dir: Path | None = None
+
+
+def session_options(settings: SessionSettings) -> Any:
+    """Options that every session shares."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = settings.threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena = True
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spin else "0")
+    # A run's threads stop spinning when it returns: other work of the process gets the CPUs between steps.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: SessionSettings) -> dict[str, Any]:
+    """One session for each graph of the manifest.
+
+    On the CPU large packages are opened from the mapped cache (llmx.runtime.mapped_cache), so that both graphs read one
+    copy of the weights; on CUDA both are given the same device tensors. Raises PackageError, ProviderError.
+    """
+    ort = import_onnxruntime()
+    _check_version(ort, manifest)
+    files = {name: folder / graph.file for name, graph in manifest.graphs.items()}
+    if device.kind == "cpu" and settings.mapped_cache:
+        cache = MappedCache(settings.cache_dir)
+        cached = cache.get(folder, manifest, lambda: session_options(settings))
+        files = cached or files
+    sessions = {}
+    shared: Any = None
+    if device.kind == "cuda":
+        from llmx.runtime.cuda_weights import SharedWeights
+
+        shared = SharedWeights(folder, manifest, device)
+    for name, path in files.items():
+        options = session_options(settings)
+        if shared is not None:
+            shared.add_to(options, path)
+        sessions[name] = open_session(path, options, device)
+    return sessions
+
+
+def open_session(path: Path, options: Any, device: Device) -> Any:
+    """An InferenceSession, its failures in one sentence."""
+    ort = import_onnxruntime()
+    try:
+        session = ort.InferenceSession(str(path), options, providers=device.providers)
+    except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        reason = " ".join(str(error).split())[:240]
+        raise PackageError(f"onnxruntime {ort.__version__} cannot open {path}: {reason}") from None
+    if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise ProviderError("onnxruntime has a CUDA provider but could not start it (driver, CUDA or cuDNN missing?); see `llmx doctor`.")
+    return session
+
+
+def _check_version(ort: Any, manifest: Manifest) -> None:
+    def numbers(version: str) -> list[int]:
+        parts = []
+        for part in version.split(".")[:2]:
+            with contextlib.suppress(ValueError):
+                parts.append(int(part))
+        return parts
+
+    if numbers(ort.__version__) < numbers(manifest.min_onnxruntime):
+        raise PackageError(
+            f"The package needs onnxruntime {manifest.min_onnxruntime} or newer and {ort.__version__} is installed: "
+            'pip install -U "llmx[cpu]" (or "llmx[gpu]").'
+        )

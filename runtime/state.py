@@ -1,0 +1,105 @@
+"""The state of all slots: allocated once, bound as past and present at the same time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmx.runtime.dtypes import itemsize, numpy_dtype
+from llmx.runtime.errors import OutOfMemoryError, PackageError, RequestError
+from llmx.runtime.machine import available_memory
+from llmx.runtime.manifest import Manifest, StateTensor
+
+DEFAULT_MAX_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """How much state fits: `slots` requests of `max_length` positions, `bytes` in all."""
+
+    slots: int
+    max_length: int
+    bytes: int
+
+
+def plan_state(
+    manifest: Manifest, max_length: int | None = None, slots: int = 1, free: int | None = None
+) -> StatePlan:
+    """Choose or check the state's size before anything is allocated.
+
+    The default length is what the model's context and half of the free memory allow, at most 4,096. Raises
+    RequestError for lengths past the context, OutOfMemoryError for more than what is free.
+    """
+    context = manifest.model.context_length
+    per_token = manifest.state_bytes_per_token()
+    free = available_memory() if free is None else free
+    if slots < 1:
+        raise RequestError(f"slots must be at least 1, and is {slots}.")
+    if max_length is None:
+        fits = free // 2 // max(1, per_token * slots)
+        max_length = int(min(context, DEFAULT_MAX_LENGTH, fits))
+        if max_length < 2:
+            raise OutOfMemoryError(_too_much(per_token, slots, min(context, DEFAULT_MAX_LENGTH), free))
+    if not 2 <= max_length <= context:
+        raise RequestError(f"max_length must lie between 2 and the package's context of {context} positions, and is {max_length}.")
+    plan = StatePlan(slots, max_length, per_token * slots * max_length)
+    if plan.bytes > free:
+        raise OutOfMemoryError(_too_much(per_token, slots, max_length, free))
+    return plan
+
+
+def _too_much(per_token: int, slots: int, max_length: int, free: int) -> str:
+    wanted = per_token * slots * max_length
+    shorter, fewer = free // max(1, per_token * slots), free // max(1, per_token * max_length)
+    options = [f"max_length {shorter}"] if shorter >= 2 else []
+    options += [f"slots {fewer}"] if 1 <= fewer < slots else []
+    advice = f"{' or '.join(options)} would fit" if options else "free some memory or use a smaller model"
+    return (
+        f"{slots} slot(s) of {max_length:,} positions take {wanted / 1e9:.2f} GB ({per_token:,} bytes a position) and "
+        f"{free / 1e9:.2f} GB are free; {advice}."
+    )
+
+
+class StatePool:
+    """Owns the state buffers: one array [slots, kv_heads, max_length, head_dim] for each state tensor.
+
+    Invariant: `views(i)` and `rows(n)` share memory with the buffers, so that binding them as past and present lets a
+    step write its rows in place. A slot is a contiguous range, its outermost axis being the batch axis.
+    """
+
+    def __init__(self, manifest: Manifest, plan: StatePlan) -> None:
+        self.plan = plan
+        self.tensors: list[StateTensor] = manifest.state
+        self._buffers: list[np.ndarray] = []
+        for tensor in self.tensors:
+            if tensor.layout != "in_place":
+                raise PackageError(f"The package keeps state of layout {tensor.layout!r}, which this llmx does not know; upgrade llmx.")
+            sizes = {"slots": plan.slots, "max_length": plan.max_length}
+            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
+            try:
+                # zeroed pages cost no memory until they are written
+                self._buffers.append(np.zeros(shape, numpy_dtype(tensor.dtype)))
+            except MemoryError:
+                raise OutOfMemoryError(f"The state of {plan.bytes / 1e9:.2f} GB could not be allocated; lower max_length or slots.") from None
+
+    def rows(self, first: int, count: int) -> list[np.ndarray]:
+        """Views of slots `first` to `first + count - 1`, in the order of `tensors`."""
+        return [buffer[first : first + count] for buffer in self._buffers]
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the buffers no longer have the planned sizes."""
+        total = sum(buffer.nbytes for buffer in self._buffers)
+        assert total == self.plan.bytes, f"{total} bytes of state, planned {self.plan.bytes}"
+        for tensor, buffer in zip(self.tensors, self._buffers, strict=True):
+            assert buffer.flags.c_contiguous, tensor.input
+            assert buffer.dtype.itemsize == itemsize(tensor.dtype), tensor.input
+
+    def close(self) -> None:
+        self._buffers = []
