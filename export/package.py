@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
+from llmx.export.passes import is_parameter
 from llmx.export.trace import state_names
 from llmx.export.weights import SourceModel
 from llmx.runtime.errors import ExportError
@@ -83,7 +84,7 @@ def weight_bytes(graphs: list[ir.Model]) -> int:
 
 def write_graphs(folder: Path, graphs: dict[str, ir.Model], source: SourceModel, progress: Progress) -> None:
     """Write `weights.data` and one file per graph. Initializers with the same name are the same tensor."""
-    parameters = dict(source.module.named_parameters())
+    parameters = source.parameters_by_name()
     total = weight_bytes(list(graphs.values()))
     written: dict[str, ir.ExternalTensor] = {}
     done = 0
@@ -93,17 +94,17 @@ def write_graphs(folder: Path, graphs: dict[str, ir.Model], source: SourceModel,
                 tensor = value.const_value
                 if tensor is None or value.name is None:
                     continue
-                name = value.name.removeprefix(_PREFIX)
-                bound = parameters.get(name)
+                bound = parameters.get(value.name.removeprefix(_PREFIX))
+                assert bound is not None or not is_parameter(value), value.name
                 if tensor.nbytes < _INLINE_BELOW:
                     if bound is not None:  # its memory may be uninitialised: read the checkpoint's
-                        raw = b"".join(source.chunks(name, bound))
+                        raw = b"".join(source.chunks(*bound))
                         value.const_value = _inline(tensor, raw)
                     continue
                 if value.name not in written:
                     _pad(file)
                     offset = file.tell()
-                    chunks = source.chunks(name, bound) if bound is not None else iter([tensor.tobytes()])
+                    chunks = source.chunks(*bound) if bound is not None else iter([tensor.tobytes()])
                     for chunk in chunks:
                         file.write(chunk)
                         done += len(chunk)

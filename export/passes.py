@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
-    DeduplicateInitializersPass,
     IdentityEliminationPass,
     InlinePass,
     LiftConstantsToInitializersPass,
@@ -115,6 +114,28 @@ class TransposedMatMul(InPlacePass):
         return PassResult(model, modified=modified)
 
 
+class DeduplicateConstants(InPlacePass):
+    """Small equal constants become one, so that equal nodes on them can. Parameters are left alone: while exporting,
+    their memory is uninitialised, and equal by chance.
+    """
+
+    _MOST_ELEMENTS = 1024
+
+    def call(self, model: ir.Model) -> PassResult:
+        seen: dict[tuple[object, ...], ir.Value] = {}
+        modified = False
+        for name, value in list(model.graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None or is_parameter(value) or tensor.size > self._MOST_ELEMENTS or value.is_graph_output():
+                continue
+            first = seen.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
+            if first is not value:
+                ir.convenience.replace_all_uses_with(value, first)
+                del model.graph.initializers[name]
+                modified = True
+        return PassResult(model, modified=modified)
+
+
 @functools.cache
 def _rewrite_rules() -> rewriter.RewriteRuleSet:
     """onnxscript's default rules, less those with several outputs.
@@ -153,7 +174,7 @@ def _simplify() -> list[ir.passes.PassBase]:
 def _tidy() -> list[ir.passes.PassBase]:
     return [
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        DeduplicateInitializersPass(),
+        DeduplicateConstants(),
         CommonSubexpressionEliminationPass(),
         IdentityEliminationPass(),
         TransposedMatMul(),

@@ -109,6 +109,12 @@ class SourceModel:
         else:
             yield as_bytes(tensor, tensor.dtype)
 
+    def parameters_by_name(self) -> dict[str, tuple[str, torch.nn.Parameter]]:
+        """Every name that a parameter goes by (tied ones have several) -> (the name it is stored under, itself)."""
+        stored_under = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        every = self.module.named_parameters(remove_duplicate=False)
+        return {name: (stored_under[id(parameter)], parameter) for name, parameter in every}
+
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters())

@@ -1,1 +1,47 @@
-"""llmx.runtime: a model package in, tokens out, on numpy, onnxruntime and tokenizers alone."""
+"""llmx.runtime: a model package in, tokens out, on numpy, onnxruntime and tokenizers alone.
+
+    from llmx.runtime import LLM, SamplingParams
+
+    llm = LLM("artifacts/demo")
+    [out] = llm.generate(["ROMEO:"], SamplingParams(max_tokens=64))
+    print(out.outputs[0].text)
+"""
+
+from llmx.runtime.aio import AsyncLLM
+from llmx.runtime.errors import (
+    ClosedError,
+    ContextLengthError,
+    FamilyError,
+    LlmxError,
+    MissingDependencyError,
+    OutOfMemoryError,
+    PackageError,
+    ProviderError,
+    RequestError,
+)
+from llmx.runtime.llm import LLM
+from llmx.runtime.manifest import Manifest, load_manifest
+from llmx.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamPiece
+from llmx.runtime.params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "ClosedError",
+    "CompletionOutput",
+    "ContextLengthError",
+    "FamilyError",
+    "LlmxError",
+    "Logprob",
+    "Manifest",
+    "MissingDependencyError",
+    "OutOfMemoryError",
+    "PackageError",
+    "ProviderError",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamPiece",
+    "load_manifest",
+]

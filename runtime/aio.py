@@ -1,0 +1,118 @@
+"""`AsyncLLM`: the same in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from llmx.runtime.errors import ClosedError
+from llmx.runtime.llm import LLM, Prompt, _as_list, _output
+from llmx.runtime.outputs import RequestOutput, StreamPiece
+from llmx.runtime.params import SamplingParams
+from llmx.runtime.scheduler import Request
+
+
+class AsyncLLM:
+    """An LLM behind coroutines. One thread of its own steps the engine while there is work, and sleeps otherwise.
+
+    Cancelling a task (or leaving an `async for`) frees the request's slot before the next step. Requests of all tasks
+    and event loops share the batch. Arguments are those of LLM; `llm` takes one that exists.
+    """
+
+    def __init__(self, model: str | Path | None = None, device: str = "auto", *, llm: LLM | None = None, **settings: Any) -> None:
+        if llm is None:
+            if model is None:
+                raise TypeError("AsyncLLM needs a model or an llm")
+            llm = LLM(model, device, **settings)
+        self.llm = llm
+        self._wake = threading.Event()
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="llmx-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """As LLM.generate. Cancelling the awaiting task ends its requests."""
+        many = _as_list(prompts)
+        each = self.llm._each_params(params, len(many))
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        requests: list[Request] = []
+
+        def emit(piece: StreamPiece) -> None:
+            if piece.finish_reason is not None:
+                loop.call_soon_threadsafe(done.set)
+
+        try:
+            requests = self._submit([(prompt, p, emit) for prompt, p in zip(many, each, strict=True)])
+            while not all(r.finished for r in requests):
+                await done.wait()
+                done.clear()
+        finally:
+            self.llm._abandon(requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return [_output(request) for request in requests]
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamPiece]:
+        """As LLM.stream, as an async iterator."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[StreamPiece]()
+
+        def emit(piece: StreamPiece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        [request] = self._submit([(prompt, params or SamplingParams(), emit)])
+        unfinished = len(request.sequences)
+        try:
+            while unfinished:
+                piece = await pieces.get()
+                if request.error is not None:
+                    raise request.error
+                unfinished -= piece.finish_reason is not None
+                yield piece
+        finally:
+            self.llm._abandon([request])
+
+    async def chat(
+        self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **template_variables: Any
+    ) -> RequestOutput:
+        """As LLM.chat."""
+        return (await self.generate([self.llm.chat_ids(messages, **template_variables)], params))[0]
+
+    def _submit(self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
+        if self._stop:
+            raise ClosedError("This AsyncLLM was closed; create a new one.")
+        requests = self.llm._submit(wanted)
+        self._wake.set()
+        return requests
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            if self._stop:
+                return
+            try:
+                self.llm.drive(lambda: self._stop or not self.llm.engine.has_work)
+            except ClosedError:
+                return
+
+    async def aclose(self) -> None:
+        """Stop the thread after the step in progress and close the LLM; unfinished requests end as aborted."""
+        for request in list(self.llm.engine._live):
+            self.llm.engine.cancel(request)
+        self._stop = True
+        self._wake.set()
+        await asyncio.to_thread(self._thread.join)
+        self.llm.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()

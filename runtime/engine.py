@@ -1,0 +1,233 @@
+"""The engine: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from llmx.runtime.backend import Backend
+from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
+from llmx.runtime.outputs import Logprob, StreamPiece
+from llmx.runtime.params import SamplingParams
+from llmx.runtime.sampling import Choice, choose, make_generator
+from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
+from llmx.runtime.stopping import StopChecker
+from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class Engine:
+    """Runs requests over a backend, one step at a time. `add` and `cancel` may be called from any thread at any time;
+    `step` by one thread at a time.
+    """
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 512) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.scheduler = Scheduler(backend.slots, prefill_chunk)
+        self._arrivals: list[Request] = []
+        self._live: list[Request] = []
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+
+    def add(
+        self,
+        prompt: str | None,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        emit: Callable[[StreamPiece], None] | None = None,
+    ) -> Request:
+        """Queue a request (`params` resolved). Raises RequestError or ContextLengthError at once where it cannot run."""
+        if not prompt_ids:
+            raise RequestError("The prompt is empty; give at least one token of text.")
+        vocab, longest = self.backend.vocab_size, self.backend.max_length
+        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
+            raise RequestError(f"Prompt token ids must lie between 0 and {vocab - 1}.")
+        if max(params.stop_token_ids, default=0) >= vocab:
+            raise RequestError(f"stop_token_ids must lie between 0 and {vocab - 1}.")
+        if len(prompt_ids) >= longest:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
+                "shorten the prompt or raise max_length."
+            )
+        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit)
+        for index in range(params.n):
+            seed = None if params.seed is None else (params.seed + index) % 2**64
+            request.sequences.append(
+                Sequence(
+                    request,
+                    index,
+                    params,
+                    make_generator(seed),
+                    IncrementalDetokenizer(self.tokenizer, prompt_ids, params.skip_special_tokens),
+                    StopChecker(params.stop_strings, params.include_stop_str_in_output),
+                    list(prompt_ids),
+                )
+            )
+        request.metrics.arrival = time.perf_counter()
+        request.metrics.num_prompt_tokens = len(prompt_ids)
+        with self._lock:
+            self._arrivals.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request; its slots are free before the next step runs."""
+        request.cancelled = True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._arrivals or self._live)
+
+    def step(self) -> None:
+        """One scheduling round. A failure of the backend ends the requests that it ran and is raised to their callers."""
+        self._admit()
+        plan = self.scheduler.plan()
+        try:
+            self._execute(plan)
+        except LlmxError as error:
+            for request in list(self._live):
+                self._fail(request, error)
+        self._live = [request for request in self._live if not request.finished]
+
+    def _execute(self, plan: Plan) -> None:
+        for sequence, slot in plan.moves:
+            assert sequence.slot is not None
+            self.backend.copy_slot(sequence.slot, slot, sequence.num_cached)
+            self.scheduler.pool.move(sequence, slot)
+        for twin, sequence in plan.forks:
+            assert twin.slot is not None and sequence.slot is not None
+            self.backend.copy_slot(twin.slot, sequence.slot, sequence.num_prompt)
+            self._advance(sequence, sequence.request.prompt_logits)
+        if plan.prefill is not None:
+            self._prefill(plan.prefill)
+        if plan.decode:
+            self._decode(plan.decode)
+
+    def _admit(self) -> None:
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, []
+        now = time.perf_counter()
+        for request in arrivals:
+            self._live.append(request)
+            self.scheduler.add(request)
+            request.metrics.scheduled = now
+        for request in self._live:
+            if request.cancelled:
+                for sequence in request.sequences:
+                    if sequence.finish_reason is None:
+                        self._finish(sequence, "abort", None, "")
+        self._live = [request for request in self._live if not request.finished]
+
+    def _prefill(self, plan: PrefillPlan) -> None:
+        sequence = plan.sequence
+        assert sequence.slot is not None
+        tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
+        asked = np.array([len(tokens) - 1] if plan.last else [], np.int64)
+        logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked)
+        sequence.num_cached = plan.end
+        if plan.last:
+            if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
+                sequence.request.prompt_logits = logits[0].copy()
+            self._advance(sequence, logits[0])
+
+    def _decode(self, sequences: list[Sequence]) -> None:
+        rows = self.scheduler.pool.num_rows
+        tokens, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        for idle in self.scheduler.pool.held():  # a row in prefill keeps its length: what it writes there is overwritten
+            lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
+        for sequence in sequences:
+            tokens[sequence.slot] = sequence.tokens[-1]
+            lengths[sequence.slot] = sequence.num_cached
+        logits = self.backend.decode(tokens, lengths)
+        for sequence in sequences:
+            slot = sequence.slot
+            assert slot is not None
+            sequence.num_cached += 1
+            self._advance(sequence, logits[slot])
+
+    def _advance(self, sequence: Sequence, logits: np.ndarray) -> None:
+        """Choose the next token from `logits` [vocab] and find out whether the sequence goes on."""
+        params, info = sequence.params, self.tokenizer.info
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
+        early = sequence.num_output < params.min_tokens
+        try:
+            masked = [e for e in ends | set(info.eos_token_ids) if e < len(logits)] if early else None
+            choice = choose(logits, params, sequence.generator, masked)
+        except LlmxError as error:
+            self._fail(sequence.request, error)
+            return
+        self._count(sequence)
+        sequence.tokens.append(choice.token)
+        logprobs = self._note_logprobs(sequence, choice)
+        if choice.token in ends:
+            reason = choice.token if choice.token in params.stop_token_ids else None
+            self._finish(sequence, "stop", reason, sequence.stop.push(sequence.detokenizer.finish()), logprobs)
+            return
+        text = sequence.detokenizer.push(choice.token)
+        shown = text if early else sequence.stop.push(text)
+        full = len(sequence.tokens) >= self.backend.max_length
+        if sequence.stop.matched is not None:
+            self._finish(sequence, "stop", sequence.stop.matched, shown, logprobs)
+        elif full or sequence.num_output >= (params.max_tokens or 0):
+            self._finish(sequence, "length", None, shown, logprobs)
+        else:
+            self._emit(sequence, shown, [choice.token], logprobs)
+
+    def _count(self, sequence: Sequence) -> None:
+        metrics, now = sequence.request.metrics, time.perf_counter()
+        metrics.first_token = metrics.first_token or now
+        metrics.last_token = now
+        metrics.num_output_tokens += 1
+
+    def _note_logprobs(self, sequence: Sequence, choice: Choice) -> list[dict[int, Logprob]] | None:
+        if choice.logprob is None:
+            return None
+        entry = {t: Logprob(p, rank, self.tokenizer.token(t)) for rank, (t, p) in enumerate(choice.top or [], 1)}
+        entry[choice.token] = Logprob(choice.logprob, choice.rank, self.tokenizer.token(choice.token))
+        sequence.logprobs.append(entry)
+        sequence.cumulative_logprob += choice.logprob
+        return [entry]
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: str,
+        stop_reason: int | str | None,
+        text: str,
+        logprobs: list[dict[int, Logprob]] | None = None,
+    ) -> None:
+        if sequence.stop.matched is None and reason != "abort":
+            text += sequence.stop.push(sequence.detokenizer.finish())  # a late flush may still complete a stop string
+            if sequence.stop.matched is None:
+                text += sequence.stop.finish()
+            else:
+                reason, stop_reason = "stop", sequence.stop.matched
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self.scheduler.drop(sequence)
+        request = sequence.request
+        if request.finished:
+            request.prompt_logits = None
+            request.metrics.finished = time.perf_counter()
+        self._emit(sequence, text, sequence.output_ids[-1:] if reason != "abort" else [], logprobs)
+
+    def _emit(self, sequence: Sequence, text: str, ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
+        sequence.text += text
+        request = sequence.request
+        if request.emit is not None:
+            metrics = request.metrics if request.finished else None
+            piece = StreamPiece(text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics)
+            request.emit(piece)
+
+    def _fail(self, request: Request, error: LlmxError) -> None:
+        request.error = error
+        request.prompt_logits = None
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self.scheduler.drop(sequence)
+        request.metrics.finished = time.perf_counter()
+        if request.emit is not None:
+            request.emit(StreamPiece("", [], 0, "abort"))

@@ -1,0 +1,353 @@
+"""`LLM`: a package, ready to generate."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from llmx.runtime.backend import Backend, OrtBackend
+from llmx.runtime.chat import ChatTemplate
+from llmx.runtime.engine import Engine
+from llmx.runtime.errors import ClosedError, ContextLengthError, FamilyError, RequestError
+from llmx.runtime.hub import resolve_package
+from llmx.runtime.manifest import Manifest, load_manifest
+from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
+from llmx.runtime.params import SamplingParams
+from llmx.runtime.providers import resolve_device
+from llmx.runtime.scheduler import Request
+from llmx.runtime.sessions import SessionSettings, open_sessions
+from llmx.runtime.state import StatePool, plan_state
+from llmx.runtime.tokenizer import Tokenizer
+
+Prompt = str | Seq[int]
+
+
+def open_backend(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "auto",
+    max_length: int | None = None,
+    slots: int = 1,
+    threads: int | None = None,
+    spin: bool = True,
+    mapped_cache: bool = True,
+    cache_dir: Path | None = None,
+) -> OrtBackend:
+    """Sessions and state of a package. Memory is checked before anything is allocated."""
+    resolved = resolve_device(device, manifest.target)
+    plan = plan_state(manifest, max_length, slots)
+    sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
+    return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
+
+
+class LLM:
+    """A model package loaded for generation: numpy, onnxruntime and tokenizers, no PyTorch.
+
+    Threads: every method may be called from several threads at once; their requests share the steps and the batch
+    (continuous batching), results are not mixed. Whoever waits for tokens drives the engine: there is no thread of its
+    own, so an idle LLM uses no CPU, and Ctrl-C reaches the caller between two steps.
+
+    Forks: onnxruntime's threads do not survive a fork. Create the LLM in the process that uses it (after gunicorn or
+    multiprocessing forked); in a child of its creator every call raises ClosedError.
+
+    Args:
+        model: a package folder, or the hub id of a published package.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        max_length: positions (prompt and output) a request may take; None: what the model's context and half of the
+            free memory allow, at most 4,096.
+        slots: requests that run at the same time; more wait their turn.
+        threads: CPU threads; None: the CPUs that the process may use.
+        spin: let worker threads busy-wait between operators of a step (faster; False for shared machines).
+        prefill_chunk: prompt tokens run at once; longer prompts take several steps, between which others decode.
+        mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
+
+    Raises PackageError, FamilyError, ProviderError, MissingDependencyError, OutOfMemoryError, RequestError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str = "auto",
+        *,
+        revision: str | None = None,
+        max_length: int | None = None,
+        slots: int = 8,
+        threads: int | None = None,
+        spin: bool = True,
+        prefill_chunk: int = 512,
+        mapped_cache: bool = True,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if prefill_chunk < 1:
+            raise RequestError(f"prefill_chunk must be at least 1, and is {prefill_chunk}.")
+        folder = resolve_package(model, revision)
+        manifest = load_manifest(folder)
+        if manifest.family != "decoder":
+            raise FamilyError(f"{folder} is an {manifest.family} model, which does not generate text; use `llmx embed`.")
+        tokenizer = Tokenizer.load(folder, manifest.tokenizer)
+        cache = Path(cache_dir) if cache_dir is not None else None
+        backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
+        self._setup(folder, manifest, tokenizer, backend, prefill_chunk)
+
+    def _setup(
+        self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, backend: Backend, prefill_chunk: int
+    ) -> None:
+        self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
+        self.prefill_chunk = prefill_chunk
+        self.engine = Engine(backend, tokenizer, prefill_chunk)
+        self._templates: dict[str, ChatTemplate] = {}
+        self._turn = threading.Condition()
+        self._driving = False
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def max_length(self) -> int:
+        """Positions that a request may take, prompt and output together."""
+        return self.backend.max_length
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Continue one prompt or many; one RequestOutput each, in order.
+
+        A prompt is text or a list of token ids (taken as they are). `params` is one SamplingParams for all, or one for
+        each. Raises RequestError (ContextLengthError for a prompt too long) before anything runs.
+        """
+        many = _as_list(prompts)
+        each = self._each_params(params, len(many))
+        requests = self._submit([(prompt, p, None) for prompt, p in zip(many, each, strict=True)])
+        try:
+            self.drive(lambda: all(r.finished for r in requests))
+        finally:
+            self._abandon(requests)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return [_output(request) for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
+        """Continue a prompt, yielding text as soon as it is certain. Closing the iterator frees the slot.
+
+        Raises RequestError at the call, not at the first piece.
+        """
+        pieces: deque[StreamPiece] = deque()
+        [request] = self._submit([(prompt, params or SamplingParams(), pieces.append)])
+        return self._pieces(request, pieces)
+
+    def _pieces(self, request: Request, pieces: deque[StreamPiece]) -> Iterator[StreamPiece]:
+        try:
+            while True:
+                self.drive(lambda: bool(pieces) or request.finished)
+                while pieces:
+                    piece = pieces.popleft()
+                    if request.error is None:
+                        yield piece
+                if request.error is not None:
+                    raise request.error
+                if request.finished:
+                    return
+        finally:
+            self._abandon([request])
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        stream: bool = False,
+        **template_variables: Any,
+    ) -> RequestOutput | Iterator[StreamPiece]:
+        """Answer a conversation through the package's chat template; `stream=True` yields pieces instead."""
+        ids = self.chat_ids(messages, **template_variables)
+        return self.stream(ids, params) if stream else self.generate([ids], params)[0]
+
+    def chat_prompt(self, messages: Seq[Mapping[str, Any]], template: str = "default", **variables: Any) -> str:
+        """The text that the chat template makes of `messages`. Raises RequestError where there is no template."""
+        if template not in self._templates:
+            info = self.manifest.tokenizer
+            file = info.chat_template if template == "default" else info.chat_templates.get(template)
+            if file is None:
+                raise RequestError(f"The package has no chat template{'' if template == 'default' else f' named {template!r}'}; use a plain prompt.")
+            source = (self.folder / file).read_text(encoding="utf-8")
+            self._templates[template] = ChatTemplate(source, info.special_tokens)
+        return self._templates[template].render(messages, **variables)
+
+    def chat_ids(self, messages: Seq[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Token ids of `chat_prompt` (the template writes its special tokens itself)."""
+        return self.tokenizer.encode(self.chat_prompt(messages, **variables), add_special_tokens=False)
+
+    def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
+        """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.
+
+        Raises ContextLengthError for more than `max_length` tokens.
+        """
+        results = []
+        for prompt in _as_list(prompts):
+            ids = self._encode(prompt)
+            if len(ids) > self.max_length:
+                raise ContextLengthError(f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces.")
+            with self._exclusive():
+                results.append(_score(self.backend, np.array(ids, np.int64), self.prefill_chunk))
+        return results
+
+    def warmup(self) -> None:
+        """Run every graph once, so that the first request meets warm code and touched memory."""
+        with self._exclusive():
+            self.backend.prefill(0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64))
+            self.backend.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
+
+    # -- driving the engine -------------------------------------------------------------------------------------------
+
+    def drive(self, ready: Callable[[], bool]) -> None:
+        """Return once `ready()`; until then step the engine, or wait for the thread that does.
+
+        Invariant: at most one thread steps; each step ends with everyone who waits looking again.
+        """
+        with self._turn:
+            while not ready():
+                self._check_usable()
+                if self._driving or not self.engine.has_work:
+                    self._turn.wait(timeout=1.0)
+                    continue
+                self._driving = True
+                self._turn.release()
+                try:
+                    self.engine.step()
+                finally:
+                    self._turn.acquire()
+                    self._driving = False
+                    self._turn.notify_all()
+
+    def _exclusive(self) -> _Exclusive:
+        return _Exclusive(self)
+
+    def _submit(self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
+        self._check_usable()
+        requests: list[Request] = []
+        try:
+            for prompt, params, emit in wanted:
+                ids = self._encode(prompt)
+                resolved = params.resolved(self.manifest.generation)
+                requests.append(self.engine.add(prompt if isinstance(prompt, str) else None, ids, resolved, emit))
+        except BaseException:
+            self._abandon(requests)
+            raise
+        with self._turn:
+            self._turn.notify_all()
+        return requests
+
+    def _abandon(self, requests: list[Request]) -> None:
+        for request in requests:
+            if not request.finished:
+                self.engine.cancel(request)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        try:
+            return [int(token) for token in prompt]
+        except (TypeError, ValueError):
+            raise RequestError("A prompt must be text or a list of token ids.") from None
+
+    def _each_params(self, params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or SamplingParams()] * count
+        if len(params) != count:
+            raise RequestError(f"There are {count} prompts and {len(params)} SamplingParams; give one, or one for each.")
+        return list(params)
+
+    # -- lifetime -----------------------------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("This LLM was closed; create a new one.")
+        if os.getpid() != self._pid:
+            raise ClosedError("This LLM was created before a fork; create one in each process that uses it.")
+
+    def close(self) -> None:
+        """Free sessions and state, after the step in progress. Waiting callers get ClosedError. Idempotent."""
+        with self._turn:
+            while self._driving:
+                self._turn.wait()
+            if not self._closed and os.getpid() == self._pid:
+                self._closed = True
+                self.backend.close()
+            self._turn.notify_all()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Exclusive:
+    """The engine at rest: waits until no request holds a slot, then keeps others from stepping."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def __enter__(self) -> None:
+        llm = self._llm
+        llm._check_usable()
+        while True:
+            llm.drive(lambda: not llm.engine.scheduler.pool.held() or llm._closed)
+            with llm._turn:
+                llm._check_usable()
+                if not llm._driving and not llm.engine.scheduler.pool.held():
+                    llm._driving = True
+                    return
+
+    def __exit__(self, *_: object) -> None:
+        with self._llm._turn:
+            self._llm._driving = False
+            self._llm._turn.notify_all()
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """One prompt or many, as many: a flat list of integers is one prompt."""
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(item, (int, np.integer)) for item in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
+
+
+def _output(request: Request) -> RequestOutput:
+    outputs = [
+        CompletionOutput(
+            s.index,
+            s.text,
+            s.output_ids,
+            s.logprobs if s.params.logprobs is not None else None,
+            s.cumulative_logprob if s.params.logprobs is not None else None,
+            s.finish_reason,
+            s.stop_reason,
+        )
+        for s in request.sequences
+    ]
+    return RequestOutput(request.id, request.prompt, request.prompt_ids, outputs, request.metrics)
+
+
+def _score(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
+    """Log-probabilities of ids[1:], running the text through slot 0 in chunks."""
+    scores: list[float] = []
+    for start in range(0, len(ids) - 1, chunk):
+        end = min(start + chunk, len(ids) - 1)
+        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start)).astype(np.float32)
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = np.take_along_axis(logits, ids[start + 1 : end + 1, None], axis=1)[:, 0]
+        scores += (chosen - np.log(np.exp(logits).sum(axis=1, dtype=np.float64))).tolist()
+    return scores

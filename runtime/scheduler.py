@@ -1,0 +1,199 @@
+"""Which request runs when. Plain data: no arrays, no onnxruntime."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmx.runtime.outputs import Logprob, RequestMetrics, StreamPiece
+from llmx.runtime.params import SamplingParams
+from llmx.runtime.stopping import StopChecker
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of a request's prompt, and where it stands.
+
+    Invariant while it holds a slot: the slot's first `num_cached` positions hold the state of `tokens[:num_cached]`;
+    a decoding sequence has exactly one token (the last) that is not cached yet.
+    """
+
+    request: Request
+    index: int
+    params: SamplingParams
+    generator: Any
+    detokenizer: Any
+    stop: StopChecker
+    tokens: list[int]
+    slot: int | None = None
+    num_cached: int = 0
+    text: str = ""
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def prefilling(self) -> bool:
+        return self.num_cached < self.num_prompt
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt with its parameters. `emit` receives each piece of output, from the thread that steps the engine."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    emit: Callable[[StreamPiece], None] | None = None
+    sequences: list[Sequence] = field(default_factory=list)
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    cancelled: bool = False
+    error: BaseException | None = None
+    prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or all(s.finish_reason is not None for s in self.sequences)
+
+
+class SlotPool:
+    """Owns the slots: each is free or held by one sequence."""
+
+    def __init__(self, slots: int) -> None:
+        self._held: list[Sequence | None] = [None] * slots
+
+    def acquire(self, sequence: Sequence) -> bool:
+        """Give `sequence` the lowest free slot; False where none is free."""
+        for slot, holder in enumerate(self._held):
+            if holder is None:
+                self._held[slot], sequence.slot = sequence, slot
+                return True
+        return False
+
+    def release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None and self._held[sequence.slot] is sequence
+        self._held[sequence.slot], sequence.slot = None, None
+
+    def move(self, sequence: Sequence, slot: int) -> None:
+        """`sequence` now lives in the free slot `slot` (its state has been copied there)."""
+        assert sequence.slot is not None and self._held[slot] is None
+        self._held[sequence.slot], self._held[slot], sequence.slot = None, sequence, slot
+
+    def held(self) -> list[Sequence]:
+        """Holders in slot order."""
+        return [holder for holder in self._held if holder is not None]
+
+    @property
+    def num_rows(self) -> int:
+        """One more than the highest slot held."""
+        return max((s.slot + 1 for s in self.held() if s.slot is not None), default=0)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless holders and slots name each other."""
+        for slot, holder in enumerate(self._held):
+            assert holder is None or holder.slot == slot, f"slot {slot}"
+        holders = self.held()
+        assert len({id(s) for s in holders}) == len(holders), "one sequence in two slots"
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """Run `tokens[start:end]` of the sequence's prompt."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def last(self) -> bool:
+        return self.end == self.sequence.num_prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: at most one chunk of a prompt, forks of finished prompts, slots to move, then one token for each row."""
+
+    prefill: PrefillPlan | None
+    forks: list[tuple[Sequence, Sequence]]  # (holder of the prompt's state, its sibling in a new slot)
+    moves: list[tuple[Sequence, int]]
+    decode: list[Sequence]
+
+
+class Scheduler:
+    """First come, first served: slots go to the oldest waiting sequence, prompts are prefilled one chunk a step."""
+
+    def __init__(self, slots: int, prefill_chunk: int) -> None:
+        self.pool = SlotPool(slots)
+        self.waiting: deque[Sequence] = deque()
+        self.prefill_chunk = prefill_chunk
+
+    def add(self, request: Request) -> None:
+        self.waiting.extend(request.sequences)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a finished sequence wherever it is."""
+        if sequence.slot is not None:
+            self.pool.release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.pool.held())
+
+    def plan(self) -> Plan:
+        """Decide the next step. Slots change hands here; state moves when the engine executes the plan."""
+        forks: list[tuple[Sequence, Sequence]] = []
+        while self.waiting and self.pool.acquire(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            twin = self._twin(sequence)
+            if twin is not None:
+                sequence.num_cached = sequence.num_prompt
+                forks.append((twin, sequence))
+        moves = self._compaction()
+        forked = {id(s) for _, s in forks}
+        held = self.pool.held()
+        # A sequence without output waits for its twin's prompt logits, which the engine hands it with the fork.
+        decoding = [s for s in held if not s.prefilling and s.num_output > 0 and id(s) not in forked]
+        filling = next((s for s in held if s.prefilling), None)
+        prefill = None
+        if filling is not None:
+            end = min(filling.num_prompt, filling.num_cached + self.prefill_chunk)
+            prefill = PrefillPlan(filling, filling.num_cached, end)
+        return Plan(prefill, forks, moves, decoding)
+
+    def _twin(self, sequence: Sequence) -> Sequence | None:
+        """A sibling whose slot already holds the whole prompt's state."""
+        if sequence.request.prompt_logits is None:
+            return None
+        return next(
+            (s for s in sequence.request.sequences if s is not sequence and s.slot is not None and not s.prefilling), None
+        )
+
+    def _compaction(self) -> list[tuple[Sequence, int]]:
+        """Move the highest slots down once half of the rows are idle: rows cost time, copies cost it once."""
+        held = self.pool.held()
+        if self.pool.num_rows < 2 * len(held) or not held:
+            return []
+        moves = []
+        taken = {s.slot for s in held}
+        holes = [slot for slot in range(len(held)) if slot not in taken]
+        for sequence, slot in zip([s for s in held if s.slot is not None and s.slot >= len(held)], holes, strict=True):
+            moves.append((sequence, slot))
+        return moves
