@@ -1,5 +1,5 @@
-"""The `llmx` command."""
+"""The `llmx` command: parse, call, print. Subcommands live in modules that are imported when they run."""
 
+from llmx.cli.main import main
 
-def main() -> None:
-    """Console entry point; replaced as commands land."""
+__all__ = ["main"]

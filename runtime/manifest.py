@@ -7,6 +7,7 @@ Schema beside this file (`manifest.schema.json`) describes the same format for o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -238,3 +239,12 @@ def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
                     "altered; copy or export the package again."
                 )
     return manifest
+
+
+def check_hashes(folder: Path, manifest: Manifest) -> None:
+    """Compare every file's sha256 with the manifest. Raises PackageError naming the first that differs."""
+    for name, info in manifest.files.items():
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != info.sha256:
+            raise PackageError(f"{folder / name} was altered (its sha256 differs from the manifest's); copy or export the package again.")

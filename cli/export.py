@@ -1,0 +1,129 @@
+"""`llmx export`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmx.cli.common import human_bytes
+from llmx.runtime.errors import MissingDependencyError
+
+
+@click.command(name="export")
+@click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="A checkpoint folder, or a hub id like org/name.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [default: artifacts/<name>].")
+@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="The provider to build for.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].")
+@click.option("--max-length", type=int, help="Shorten the context [default: the model's].")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA folder to merge in.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
+@click.option("--force", is_flag=True, help="Replace a package at the output.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+def command(as_json: bool, no_verify: bool, **options: Any) -> None:
+    """Export a Hugging Face causal language model to a package of ONNX graphs, and verify it against PyTorch.
+
+    \b
+    Examples:
+      llmx export --model artifacts/checkpoints/demo
+      llmx export --model HuggingFaceTB/SmolLM2-135M --output artifacts/smollm2
+      llmx export --model ./llama --adapter ./lora --target cuda --dtype bf16
+    """
+    _need_torch()
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=as_json)
+    with _progress(console) as reporter:
+        from llmx.export.export import ExportOptions, export_model
+
+        result = export_model(ExportOptions(verify=not no_verify, **options), reporter)
+    for warning in result.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    manifest = result.manifest
+    size = sum(info.size for info in manifest.files.values())
+    seconds = sum(result.seconds.values())
+    if as_json:
+        summary = {
+            "path": str(result.path),
+            "bytes": size,
+            "parameters": manifest.model.parameters,
+            "dtype": manifest.dtype,
+            "target": manifest.target,
+            "verification": manifest.verification.__dict__,
+            "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
+        }
+        click.echo(json.dumps(summary))
+        return
+    check = manifest.verification
+    verdict = (
+        f"verified against PyTorch at {check.positions} positions: logits differ by at most {check.max_abs_diff:.1e}"
+        if check.status == "passed"
+        else "not verified"
+    )
+    click.echo(f"{result.path}: {manifest.model.parameters:,} parameters, {manifest.dtype}, {human_bytes(size)}, {seconds:.1f} s; {verdict}.")
+    click.echo(f'Run it: llmx run --onnx {result.path} --prompt "…"')
+
+
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        extra = "export,cpu" if "onnxruntime" in missing else "export"
+        raise MissingDependencyError(f'Exporting needs {", ".join(missing)}: pip install "llmx[{extra}]".')
+
+
+_TITLES = {"load": "Reading the checkpoint", "trace": "Tracing", "rewrite": "Rewriting graphs", "write": "Writing weights", "verify": "Verifying against PyTorch"}
+
+
+class _progress:  # noqa: N801 - used as a function
+    """A Reporter: rich bars on a terminal, one plain line a stage elsewhere."""
+
+    def __init__(self, console: Any) -> None:
+        self._console = console
+        self._live = console.is_terminal and not console.quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._name, self._start = "", 0.0
+
+    def __enter__(self) -> Any:
+        if self._live:
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self._console)
+            self._bar.start()
+        return self
+
+    def stage(self, name: str) -> None:
+        """A new stage begins; the one before is done."""
+        self._end()
+        self._name, self._start = name, time.perf_counter()
+        if self._bar is not None:
+            self._task = self._bar.add_task(_TITLES[name], total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        """`done` of `total` units of the stage."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def _end(self) -> None:
+        if not self._name:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=1, total=1)
+        elif not self._console.quiet:
+            print(f"{_TITLES[self._name]}: {time.perf_counter() - self._start:.1f} s", file=sys.stderr)
+        self._name = ""
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self._end()
+        if self._bar is not None:
+            self._bar.stop()

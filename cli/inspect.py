@@ -1,0 +1,112 @@
+"""`llmx inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmx.cli.common import human_bytes
+
+
+@click.command(name="inspect")
+@click.argument("package", metavar="DIR_OR_HUB_ID")
+@click.option("--integrity", is_flag=True, help="Also check the sha256 of every file.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(package: str, integrity: bool, as_json: bool) -> None:
+    """Show what a package holds: graphs, operators, sizes, state per token and the longest context that fits.
+
+    \b
+    Examples:
+      llmx inspect artifacts/demo
+      llmx inspect artifacts/demo --integrity --json
+    """
+    from llmx.runtime.hub import resolve_package
+    from llmx.runtime.manifest import check_hashes, load_manifest
+
+    folder = resolve_package(package)
+    manifest = load_manifest(folder)
+    if integrity:
+        check_hashes(folder, manifest)
+    facts = describe(folder, manifest)
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        _print(facts)
+
+
+def describe(folder: Path, manifest: Any) -> dict[str, Any]:
+    """Everything that the command shows, as plain data."""
+    from llmx.runtime.machine import available_memory
+
+    per_token = manifest.state_bytes_per_token()
+    free = available_memory()
+    layouts = Counter(tensor.layout for tensor in manifest.state)
+    windows = sorted({tensor.window for tensor in manifest.state if tensor.window})
+    return {
+        "path": str(folder),
+        "name": manifest.name,
+        "family": manifest.family,
+        "architecture": manifest.source.get("architecture"),
+        "target": manifest.target,
+        "dtype": manifest.dtype,
+        "parameters": manifest.model.parameters,
+        "layers": manifest.model.num_layers,
+        "vocabulary": manifest.model.vocab_size,
+        "context_length": manifest.model.context_length,
+        "verification": manifest.verification.__dict__,
+        "files": {name: info.size for name, info in manifest.files.items()},
+        "graphs": {name: operators(folder / graph.file) for name, graph in manifest.graphs.items()},
+        "state": {
+            "layouts": dict(layouts),
+            "windows": windows,
+            "bytes_per_token": per_token,
+            "bytes_at_full_context": per_token * manifest.model.context_length,
+        },
+        "longest_context_that_fits": min(manifest.model.context_length, free // max(1, per_token)),
+        "free_memory": free,
+    }
+
+
+def operators(path: Path) -> dict[str, int]:
+    """Operator counts of a graph file, read from its protobuf (no onnx package needed)."""
+    from llmx.cli.protobuf import graph_operators
+
+    return dict(Counter(graph_operators(path.read_bytes())).most_common())
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    head = Table(show_header=False, box=None, pad_edge=False)
+    state, check = facts["state"], facts["verification"]
+    verified = (
+        f"passed, largest difference {check['max_abs_diff']:.2g} (tolerance {check['tolerance']:.2g})"
+        if check["status"] == "passed"
+        else f"skipped: {check['reason']}"
+    )
+    for label, value in (
+        ("package", facts["path"]),
+        ("model", f"{facts['name']} ({facts['architecture']}, {facts['family']})"),
+        ("built for", f"{facts['target']}, {facts['dtype']}"),
+        ("parameters", f"{facts['parameters']:,} in {facts['layers']} layers, vocabulary {facts['vocabulary']:,}"),
+        ("verified", verified),
+        ("context", f"{facts['context_length']:,} positions; {facts['longest_context_that_fits']:,} fit into {human_bytes(facts['free_memory'])} free"),
+        ("state", f"{', '.join(state['layouts'])}; {human_bytes(state['bytes_per_token'])} a token, {human_bytes(state['bytes_at_full_context'])} at full context"),
+        ("windows", ", ".join(map(str, state["windows"])) or "none"),
+    ):
+        head.add_row(f"[bold]{label}[/bold]", value)
+    console.print(head)
+    table = Table("graph", "nodes", "operators")
+    for name, counts in facts["graphs"].items():
+        table.add_row(name, str(sum(counts.values())), ", ".join(f"{op} {n}" for op, n in counts.items()))
+    console.print(table)
+    files = Table("file", "size")
+    for name, size in facts["files"].items():
+        files.add_row(name, human_bytes(size))
+    console.print(files)

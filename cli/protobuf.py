@@ -1,0 +1,57 @@
+"""Just enough of protobuf's wire format to count a graph's operators.
+
+The runtime does not depend on the onnx package, and onnxruntime does not list a model's nodes. Field numbers are
+those of onnx.proto: ModelProto.graph = 7, GraphProto.node = 1, NodeProto.op_type = 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(field number, payload) of every length-delimited field of a message; other fields are skipped.
+
+    Raises ValueError for bytes that are no protobuf message.
+    """
+    at = 0
+    try:
+        while at < len(data):
+            key, at = _varint(data, at)
+            wire = key & 7
+            if wire == 0:
+                _, at = _varint(data, at)
+            elif wire == 1:
+                at += 8
+            elif wire == 5:
+                at += 4
+            elif wire == 2:
+                size, at = _varint(data, at)
+                if at + size > len(data):
+                    raise ValueError("cut short")
+                yield key >> 3, data[at : at + size]
+                at += size
+            else:
+                raise ValueError(f"wire type {wire}")
+    except IndexError:
+        raise ValueError("cut short") from None
+
+
+def graph_operators(model: bytes) -> Iterator[str]:
+    """The operator type of each node of a serialised ModelProto's main graph."""
+    for number, graph in fields(memoryview(model)):
+        if number == 7:
+            for kind, node in fields(graph):
+                if kind == 1:
+                    yield next((bytes(v).decode() for n, v in fields(node) if n == 4), "?")

@@ -1,0 +1,80 @@
+"""`llmx run`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmx.cli.common import load, model_options, read_prompt, sampling_options, sampling_params
+
+
+@click.command(name="run")
+@model_options
+@click.option("--prompt", help="Text to continue [default: standard input].")
+@click.option("--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A file with the text to continue.")
+@click.option("--chat", is_flag=True, help="Send the prompt as a user message through the chat template.")
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
+@click.option("--quiet", is_flag=True, help="Do not print the timings.")
+def command(prompt: str | None, prompt_file: Path | None, chat: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Continue a prompt, streaming to the terminal; timings go to standard error.
+
+    \b
+    Examples:
+      llmx run --onnx artifacts/demo --prompt "ROMEO:"
+      llmx run --onnx artifacts/demo --prompt "ROMEO:" --temperature 0 -n 64
+      echo "Once upon a time" | llmx run --onnx artifacts/demo --json
+      llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
+    """
+    text = read_prompt(prompt, prompt_file)
+    params = sampling_params(options)
+    if not text:
+        raise click.UsageError("The prompt is empty; give at least one character.")
+    llm = load(options)
+    with llm:
+        request: Any = llm.chat_ids([{"role": "user", "content": text}]) if chat else text
+        if options["max_length"] is None and not quiet and not as_json:
+            click.echo(f"Context: {llm.max_length:,} of {llm.manifest.model.context_length:,} positions (--max-length).", err=True)
+        if as_json:
+            _print_json(llm.generate([request], params)[0])
+        else:
+            _stream(llm, request, params, quiet)
+
+
+def _stream(llm: Any, request: Any, params: Any, quiet: bool) -> None:
+    metrics = None
+    for piece in llm.stream(request, params):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        metrics = piece.metrics or metrics
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if metrics is not None and not quiet:
+        click.echo(
+            f"{metrics.num_prompt_tokens} prompt tokens, first token after {metrics.ttft * 1e3:.0f} ms; "
+            f"{metrics.num_output_tokens} tokens at {metrics.decode_tokens_per_second:.1f} tokens/s",
+            err=True,
+        )
+
+
+def _print_json(output: Any) -> None:
+    result, metrics = output.outputs[0], output.metrics
+    click.echo(
+        json.dumps(
+            {
+                "prompt": output.prompt,
+                "text": result.text,
+                "token_ids": result.token_ids,
+                "finish_reason": result.finish_reason,
+                "stop_reason": result.stop_reason,
+                "usage": {"prompt_tokens": metrics.num_prompt_tokens, "completion_tokens": metrics.num_output_tokens},
+                "time_to_first_token_s": round(metrics.ttft, 6),
+                "decode_tokens_per_second": round(metrics.decode_tokens_per_second, 2),
+            },
+            ensure_ascii=False,
+        )
+    )
