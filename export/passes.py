@@ -6,7 +6,9 @@ outputs and their names unless its docstring says otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
@@ -146,11 +148,6 @@ def _rewrite_rules() -> rewriter.RewriteRuleSet:
     return rewriter.RewriteRuleSet(rules)
 
 
-def _may_fold(node: ir.Node) -> bool | None:
-    """Never compute on a parameter: its memory is uninitialised until the checkpoint is read, at writing."""
-    return False if any(value is not None and is_parameter(value) for value in node.inputs) else None
-
-
 def is_parameter(value: ir.Value) -> bool:
     """Whether an initializer is one of the model's parameters, as torch.export noted on it."""
     return value.metadata_props.get("pkg.torch.export.graph_signature.InputSpec.kind") == "PARAMETER"
@@ -158,12 +155,7 @@ def is_parameter(value: ir.Value) -> bool:
 
 def _simplify() -> list[ir.passes.PassBase]:
     return [
-        FoldConstantsPass(
-            shape_inference=True,
-            input_size_limit=8192,
-            output_size_limit=512 * 512,
-            should_fold=_may_fold,
-        ),
+        FoldConstantsPass(shape_inference=True, input_size_limit=8192, output_size_limit=512 * 512),
         rewriter.RewritePass(_rewrite_rules()),
         RemoveUnusedNodesPass(),
         RemoveUnusedFunctionsPass(),
@@ -196,4 +188,26 @@ def decode_passes() -> Sequential:
 def both_graphs(traced: ir.Model) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
     decode = traced.clone()
-    return prefill_passes()(traced).model, decode_passes()(decode).model
+    with hidden_parameters(traced):
+        prefill_passes()(traced)
+    with hidden_parameters(decode):
+        decode_passes()(decode)
+    return traced, decode
+
+
+@contextlib.contextmanager
+def hidden_parameters(model: ir.Model) -> Iterator[None]:
+    """Take the parameters' values away while passes run.
+
+    Their memory is uninitialised until the checkpoint is read, at writing: a pass that folded it, or dropped a bias
+    because it looks like zeros, would write a wrong graph. Without a value they are opaque, whatever a pass looks at.
+    """
+    hidden = {v.name: v.const_value for v in model.graph.initializers.values() if is_parameter(v)}
+    for name in hidden:
+        model.graph.initializers[name].const_value = None
+    try:
+        yield
+    finally:
+        for name, tensor in hidden.items():
+            if name in model.graph.initializers:
+                model.graph.initializers[name].const_value = tensor

@@ -1,0 +1,1 @@
+"""Tiny random models of real architectures, made where they are needed."""

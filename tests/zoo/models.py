@@ -1,0 +1,118 @@
+"""Tiny checkpoints of real architectures, with random weights and a byte-level tokenizer.
+
+Weights are drawn wider than an untrained model's, so that attention looks at something and best tokens are no ties.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB = 300
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0,
+}  # fmt: skip
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
+
+#: name -> config fields; `model_type` is the name's part before "-".
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "tie_word_embeddings": False},
+    "llama-tied": {**_COMMON, "tie_word_embeddings": True},
+    "llama-rope3": {
+        **_COMMON,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "llama-linear": {**_COMMON, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "llama-yarn": {
+        **_COMMON,
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
+    },
+    "qwen2": {**_COMMON},
+    "qwen3": {**_COMMON},
+    "mistral": {**_COMMON, "sliding_window": 24},
+    "gemma2": {**_COMMON, "sliding_window": 24, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**_COMMON, "sliding_window": 24, "num_hidden_layers": 4, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "gpt2": {**_GPT2},
+    "gpt_neox": {k: v for k, v in _COMMON.items() if k not in ("head_dim", "num_key_value_heads")} | {"hidden_size": 64},
+    "glm4": {**_COMMON, "partial_rotary_factor": 0.5},
+    "phi3": {**_COMMON, "sliding_window": 24, "hidden_size": 64},
+    "olmo2": {**_COMMON},
+    "smollm3": {**_COMMON},
+    "exaone4": {**_COMMON, "sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 4},
+    "granite": {**_COMMON, "logits_scaling": 2.0, "residual_multiplier": 0.7},
+    "cohere": {**_COMMON, "logit_scale": 0.5},
+    "stablelm": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"hidden_size": 64},
+    "starcoder2": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"sliding_window": 24},
+}  # fmt: skip
+
+#: The issue's list: what every run of CI compares with PyTorch.
+CORE = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "glm4", "mistral"]
+
+
+def make_config(name: str, **overrides: Any) -> Any:
+    """The transformers config of a TINY model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(name.split("-")[0], **{**TINY[name], **overrides})
+
+
+def make_model(name: str, seed: int = 0, **overrides: Any) -> Any:
+    """The PyTorch model, in fp32 and eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(name, **overrides)).eval()
+    widen(model, seed)
+    return model
+
+
+def widen(model: Any, seed: int) -> None:
+    """Matrices from N(0, 0.15), vectors from their initial value plus N(0, 0.1)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.empty_like(parameter).normal_(generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * 0.15)
+            else:
+                parameter.add_(noise * 0.1)
+
+
+def save_checkpoint(model: Any, folder: Path, **save: Any) -> Path:
+    """Write `model` with a tokenizer whose ids all lie within its vocabulary."""
+    model.save_pretrained(folder, **save)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE: end token 0, then the 256 bytes, then a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|end|>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("Ġ", "the"), ("i", "n"), ("e", "r")]
+    for left, right in merges:
+        vocab[left + right] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "bos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """transformers' greedy `generate`, end tokens ignored: the reference continuation."""
+    from llmx.export.verify import greedy as reference
+
+    return reference(model, torch.tensor([prompt]), new_tokens)[0, len(prompt) :].tolist()
