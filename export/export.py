@@ -110,7 +110,7 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
         traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
 
         stages.begin("rewrite")
-        prefill, decode = both_graphs(traced)
+        prefill, decode = both_graphs(traced, context)
         vocab = int(prefill.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
 
         stages.begin("write")

@@ -82,17 +82,23 @@ def _place(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the exporters' prints, warnings and loggers: what the user must know, llmx says itself."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
     disabled = logging.root.manager.disable
     try:
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.disable(logging.WARNING)
+        transformers_logging.disable_progress_bar()
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
+        if bars:
+            transformers_logging.enable_progress_bar()
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 

@@ -1,6 +1,6 @@
 """Graph rewrites, each a small pass that says whether it changed the graph.
 
-`prefill_passes` and `decode_passes` are the visible lists. A pass works on onnx-ir models in place and keeps inputs,
+`common_passes`, `prefill_passes` and `decode_passes` are the visible lists. A pass works on onnx-ir models in place and keeps inputs,
 outputs and their names unless its docstring says otherwise.
 """
 
@@ -24,6 +24,7 @@ from onnx_ir.passes.common import (
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
 from llmx.export.trace import GATHER_POSITIONS
 
 
@@ -175,23 +176,37 @@ def _tidy() -> list[ir.passes.PassBase]:
     ]
 
 
-def prefill_passes() -> Sequential:
-    """From the raw trace to the prefill graph."""
-    return Sequential(InlinePass(), GatherAskedPositions(), *_simplify(), *_tidy())
+def common_passes(context_length: int) -> list[ir.passes.PassBase]:
+    """From the raw trace to a simplified and fused graph, the prefill graph but for its gather."""
+    return [
+        InlinePass(),
+        *_simplify(),
+        *_tidy(),
+        RmsNorm(),
+        SkipRmsNorm(),
+        RotaryInAttention(context_length),
+        RemoveUnusedNodesPass(),
+    ]
 
 
-def decode_passes() -> Sequential:
-    """From the raw trace to the decode graph: [batch, 1] tokens, no `logits_positions` input."""
-    return Sequential(InlinePass(), KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy())
+def prefill_passes() -> list[ir.passes.PassBase]:
+    """The prefill graph: logits of the asked positions."""
+    return [GatherAskedPositions(), *_tidy()]
 
 
-def both_graphs(traced: ir.Model) -> tuple[ir.Model, ir.Model]:
+def decode_passes() -> list[ir.passes.PassBase]:
+    """The decode graph: [batch, 1] tokens, no `logits_positions` input."""
+    return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy()]
+
+
+def both_graphs(traced: ir.Model, context_length: int) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
-    decode = traced.clone()
     with hidden_parameters(traced):
-        prefill_passes()(traced)
-    with hidden_parameters(decode):
-        decode_passes()(decode)
+        Sequential(*common_passes(context_length))(traced)
+    decode = traced.clone()
+    for model, passes in ((traced, prefill_passes()), (decode, decode_passes())):
+        with hidden_parameters(model):
+            Sequential(*passes)(model)
     return traced, decode
 
 
