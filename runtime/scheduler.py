@@ -160,8 +160,12 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide the next step. Slots change hands here; state moves when the engine executes the plan."""
         forks: list[tuple[Sequence, Sequence]] = []
-        while self.waiting and self.pool.acquire(self.waiting[0]):
-            sequence = self.waiting.popleft()
+        for sequence in list(self.waiting):
+            if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
+                continue  # its sibling is computing the state that this one will copy
+            if not self.pool.acquire(sequence):
+                break
+            self.waiting.remove(sequence)
             twin = self._twin(sequence)
             if twin is not None:
                 sequence.num_cached = sequence.num_prompt

@@ -1,0 +1,63 @@
+"""A public fake: a deterministic toy model that also checks how it is called. For tests of schedulers and services."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class FakeBackend:
+    """A Backend whose logits are a pure function of the slot's tokens so far.
+
+    Each slot keeps the tokens written at its positions. Writing past a gap, or asking for a position that was never
+    written, raises AssertionError: a scheduler that mixes up slots or positions does not go unnoticed.
+    """
+
+    def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32) -> None:
+        self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
+        self._written: list[list[int]] = [[] for _ in range(slots)]
+        self.num_prefills = self.num_decodes = 0
+        self.closed = False
+
+    def next_logits(self, tokens: list[int]) -> np.ndarray:
+        """float32 [vocab]: what the model says after `tokens`."""
+        seed = np.frombuffer(np.array(tokens, np.int64).tobytes(), np.uint32)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist()))).standard_normal(self.vocab_size, np.float32)
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The continuation that any correct scheduler must produce."""
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(self.next_logits(tokens).argmax()))
+        return tokens[len(prompt) :]
+
+    def _write(self, slot: int, position: int, token: int) -> None:
+        written = self._written[slot]
+        assert 0 <= position < self.max_length, f"slot {slot}: position {position}"
+        assert position <= len(written), f"slot {slot}: writes at {position}, {len(written)} are written"
+        del written[position:]
+        written.append(token)
+
+    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+        self.num_prefills += 1
+        for offset, token in enumerate(token_ids):
+            self._write(slot, start + offset, int(token))
+        rows = [self.next_logits(self._written[slot][: start + int(p) + 1]) for p in positions]
+        return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
+
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        self.num_decodes += 1
+        rows = []
+        for slot, (token, length) in enumerate(zip(token_ids, lengths, strict=True)):
+            if length > len(self._written[slot]):  # an idle row whose slot was never filled so far
+                rows.append(np.full(self.vocab_size, np.nan, np.float32))
+                continue
+            self._write(slot, int(length), int(token))
+            rows.append(self.next_logits(self._written[slot]))
+        return np.array(rows)
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        assert length <= len(self._written[source])
+        self._written[target] = self._written[source][:length]
+
+    def close(self) -> None:
+        self.closed = True
