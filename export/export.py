@@ -97,7 +97,6 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
     output = options.output or Path("artifacts") / checkpoint.short_name
     dtype = _dtype(options, target, checkpoint)
     with package_folder(output, options.force) as folder, torch.no_grad():
-        context = _context_length(checkpoint, options.max_length)
         tokenizer = write_tokenizer(checkpoint, folder)
         defaults, ignored = generation_defaults(checkpoint)
         if ignored:
@@ -107,6 +106,7 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
 
         stages.begin("trace")
         layers = _explain(checkpoint, lambda: probe_layers(source.module))
+        context = _context_length(checkpoint, options.max_length)
         traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
 
         stages.begin("rewrite")

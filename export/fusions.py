@@ -135,6 +135,7 @@ class RotaryInAttention(InPlacePass):
     small beside the weights (a long context of a small model computes them in the graph instead).
     """
 
+    _ALWAYS_FINE = 1 << 20  # bytes
     _LARGEST_PART = 0.02
 
     def __init__(self, context_length: int) -> None:
@@ -156,6 +157,8 @@ class RotaryInAttention(InPlacePass):
             caches = tables[pair]
             if caches is None:
                 continue
+            if len(node.inputs) < 9:  # absent inputs at the end are not listed
+                node.resize_inputs(9)
             node.replace_input_with(0, query.unrotated(model, node))
             node.replace_input_with(1, key.unrotated(model, node))
             node.replace_input_with(7, caches[0])
@@ -170,7 +173,7 @@ class RotaryInAttention(InPlacePass):
         """Initializers [context, head_dim / 2] of what `cos` and `sin` are at each position, or None."""
         assert cos.dtype is not None
         size = self.context_length * head_dim * cos.dtype.itemsize  # both tables, half of the head's size each
-        if size > self._LARGEST_PART * _weight_bytes(model):
+        if size > max(self._ALWAYS_FINE, self._LARGEST_PART * _weight_bytes(model)):
             return None
         arrays = evaluate_at_positions(model, [cos, sin], self.context_length)
         if arrays is None:

@@ -127,9 +127,13 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 def _number(name: str, value: Any, low: float, high: float, open_low: bool = False) -> float | None:
     if value is None:
         return None
-    good = isinstance(value, Real) and not isinstance(value, bool) and low <= value <= high  # NaN fails both bounds
-    number = float(value) if good else math.nan
-    if math.isnan(number) or (open_low and number == low):
+    number = math.nan  # fails every comparison
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's floats are Real
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond float's range
+            number = math.inf
+    if not low <= number <= high or (open_low and number == low):
         start = f"above {low:g}, up to" if open_low else f"from {low:g} to"
         raise RequestError(f"{name} must be a number {start} {high:g}, and is {_show(value)}.")
     return number

@@ -62,7 +62,7 @@ def make_generator(seed: int | None) -> np.random.Generator:
 def apply_temperature(row: np.ndarray, temperature: float) -> np.ndarray:
     """float32 [vocab] / `temperature` > 0. transformers: TemperatureLogitsWarper.
 
-    Where the quotient leaves float32 (a temperature close to 0), the maximum is moved to 0 first: the same distribution.
+    Where the quotient leaves float32 (a temperature close to 0), the maximum is moved to 0 first: same distribution.
     """
     if temperature == 1.0:
         return row
@@ -103,7 +103,7 @@ def keep_top_p(c: Candidates, p: float) -> Candidates:
 
 
 def _top_p_places(logits: np.ndarray, weights: np.ndarray, total: float, p: float) -> np.ndarray:
-    """Places, ascending, that top-p keeps of `logits` [k], the most likely tokens of a row whose weights sum to `total`.
+    """Places, ascending, that top-p keeps of `logits` [k], the likeliest tokens of a row whose weights sum to `total`.
 
     Where fewer than k are kept the answer is that for the whole row: the first token dropped has nothing but less
     likely ones below it.

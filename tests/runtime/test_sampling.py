@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from llmx.runtime import LlmxError, RequestError, SamplingParams
-from llmx.runtime.sampling import choose, filtered, make_generator
+from llmx.runtime import sampling as module
+from llmx.runtime.sampling import Candidates, Choice, choose, draw, filtered, keep_top_p, make_generator, sample
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -137,3 +141,220 @@ def test_defaults_come_from_the_caller_then_the_package_then_greedy() -> None:
     assert SamplingParams(temperature=0.0).resolved(package).temperature == 0.0
     assert SamplingParams(max_tokens=3).resolved(package).max_tokens == 3
     assert SamplingParams().resolved({}).max_tokens == 256
+
+
+# -- kept sets, exactly ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 37, 3000])
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_sets_are_exactly_those_of_transformers(size: int, seed: int) -> None:
+    generator = np.random.default_rng([seed, size])
+    for _ in range(25):
+        row = (generator.standard_normal(size) * generator.uniform(0.2, 8)).astype(np.float32)
+        options = {"temperature": float(generator.choice([0.3, 0.7, 1.0, 1.9]))}
+        options |= {"top_k": int(generator.integers(1, size + 5))} if generator.random() < 0.5 else {}
+        options |= {"top_p": float(generator.uniform(0.01, 0.995))} if generator.random() < 0.6 else {}
+        options |= {"min_p": float(generator.uniform(0.001, 0.9))} if generator.random() < 0.5 else {}
+        candidates = filtered(row, SamplingParams(**options).resolved({}))  # type: ignore[arg-type]
+        assert candidates.ids.tolist() == np.flatnonzero(reference(row, options)).tolist(), options
+
+
+@pytest.mark.parametrize("count", [3, 7, 10, 64])
+def test_top_p_of_equal_logits_keeps_as_many_as_transformers(count: int) -> None:
+    row = np.full(count, 0.25, np.float32)
+    for step in range(1, 20):
+        options = {"temperature": 1.0, "top_p": step / 20}
+        candidates = filtered(row, SamplingParams(**options).resolved({}))  # type: ignore[arg-type]
+        assert len(candidates.ids) == np.count_nonzero(reference(row, options)), options
+        assert candidates.ids.tolist() == list(range(len(candidates.ids)))  # of equals the lower ids
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 3.0, 9.0])
+def test_top_p_without_sorting_everything_equals_sorting_everything(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(5)
+    rows = [(generator.standard_normal(20_000) * scale).astype(np.float32) for _ in range(3)]
+    rows.append(np.round(rows[0], 1))  # ties, also at the border of the head
+    whole = [Candidates(np.arange(len(row)), row) for row in rows]
+    shares = (1e-6, 0.2, 0.5, 0.9, 0.99, 0.99999)
+    quick = [keep_top_p(c, p).ids.tolist() for c in whole for p in shares]
+    monkeypatch.setattr(module, "_FIRST_CUT", 10**9)
+    assert quick == [keep_top_p(c, p).ids.tolist() for c in whole for p in shares]
+
+
+def test_impossible_tokens_stay_impossible() -> None:
+    row = np.full(3000, -np.inf, np.float32)
+    row[[7, 2999]] = [1.0, 2.0]
+    for options in ({"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.0001}, {"top_k": 2, "top_p": 0.99}):
+        params = SamplingParams(temperature=1.0, **options).resolved({})  # type: ignore[arg-type]
+        generator = make_generator(1)
+        assert {choose(row, params, generator).token for _ in range(50)} == {7, 2999}
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-42, 1e-20, 1e-3])
+def test_a_temperature_close_to_zero_leaves_the_most_likely_tokens(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9).resolved({})
+    generator = make_generator(2)
+    for shift in (30.0, -30.0):
+        row = np.array([1, 5, 4, 5, -np.inf], np.float32) + np.float32(shift)
+        assert {choose(row, params, generator).token for _ in range(60)} == {1, 3}
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A generator whose next number is known."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+@pytest.mark.parametrize("size", [1, 5, 1024, 1025, 5000])
+def test_a_draw_inverts_the_cumulative_distribution(size: int) -> None:
+    generator = np.random.default_rng(size)
+    logits = (generator.standard_normal(size) * 2).astype(np.float32)
+    logits[generator.random(size) < 0.4] = -np.inf
+    logits[generator.integers(size)] = 0.0
+    candidates = Candidates(np.arange(size) * 3, logits)
+    cumulative = np.cumsum(np.exp((logits - logits.max()).astype(np.float64)))
+    for number in [*generator.random(200), 0.0, 1 - 2**-53]:
+        token = draw(candidates, Fixed(number))  # type: ignore[arg-type]
+        assert token % 3 == 0
+        place, wanted = token // 3, number * cumulative[-1]
+        assert np.isfinite(logits[place])
+        slack = 1e-5 * cumulative[-1]  # float32 exponentials
+        assert cumulative[place] >= wanted - slack
+        assert place == 0 or cumulative[place - 1] <= wanted + slack
+
+
+def test_distribution_over_a_large_vocabulary() -> None:
+    row = (np.random.default_rng(8).standard_normal(128_256) * 1.5).astype(np.float32)
+    params, generator = SamplingParams(temperature=1.2).resolved({}), make_generator(77)
+    draws = np.array([choose(row, params, generator).token for _ in range(20_000)])
+    order = np.random.default_rng(0).integers(0, 50, len(row))  # 50 bins of tokens from everywhere
+    expected = np.bincount(order, weights=reference(row, {"temperature": 1.2}).astype(np.float64), minlength=50)
+    observed = np.bincount(order[draws], minlength=50)
+    assert stats.chisquare(observed, expected / expected.sum() * 20_000).pvalue > 0.001
+    edges = np.linspace(0, len(row), 41).astype(int)  # and 40 bins of neighbours
+    expected = np.add.reduceat(reference(row, {"temperature": 1.2}).astype(np.float64), edges[:-1])
+    observed = np.histogram(draws, edges)[0]
+    assert stats.chisquare(observed, expected / expected.sum() * 20_000).pvalue > 0.001
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+ROWS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "logprobs": 0},
+    {"temperature": 0.7, "top_k": 40, "logprobs": 5},
+    {"temperature": 1.4, "top_p": 0.8},
+    {"temperature": 0.9, "top_p": 0.999, "min_p": 0.01, "logprobs": 3},
+    {"temperature": 1.1, "top_k": 500, "top_p": 0.6},
+    {"temperature": 0.0, "logprobs": 2},
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_batched_equals_single_bit_for_bit(dtype: type, order: Any) -> None:
+    params = [SamplingParams(**options).resolved({}) for options in ROWS]
+    logits = np.asarray((np.random.default_rng(1).standard_normal((7, 5000)) * 3).astype(dtype), order=order)
+    masked = [None, [3], None, [1, 2], None, None, [int(logits[6].astype(np.float32).argmax())]]
+
+    def steps(members: list[int]) -> dict[int, list[Choice]]:
+        """Five steps of a batch of some of the rows, each with its own generator."""
+        generators = [make_generator(100 + row) for row in members]
+        chosen: dict[int, list[Choice]] = {row: [] for row in members}
+        for step in range(5):
+            now = np.roll(logits, step, axis=1)[members]
+            tokens, choices = sample(now, [params[r] for r in members], generators, [masked[r] for r in members])
+            assert tokens.dtype == np.int64
+            assert tokens.tolist() == [choice.token for choice in choices]
+            for row, choice in zip(members, choices, strict=True):
+                chosen[row].append(choice)
+        return chosen
+
+    together = steps(list(range(7)))
+    backwards = steps([6, 5, 4, 3, 2, 1, 0])
+    for row in range(7):
+        assert steps([row])[row] == together[row] == backwards[row]  # floats compared exactly
+
+
+def test_seeds_repeat_and_differ() -> None:
+    row = np.zeros(1000, np.float32)
+    params = SamplingParams(temperature=1.0).resolved({})
+
+    def tokens(seed: int | None) -> list[int]:
+        generator = make_generator(seed)
+        return [choose(row, params, generator).token for _ in range(20)]
+
+    assert tokens(7) == tokens(7)
+    assert len({tuple(tokens(seed)) for seed in (0, 1, 7, 2**64 - 1, None, None)}) == 6
+
+
+def test_greedy_draws_nothing_and_sampling_draws_one_number() -> None:
+    row = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
+    generator, untouched = make_generator(5), make_generator(5)
+    choose(row, SamplingParams(temperature=0.0).resolved({}), generator)
+    for options in ROWS[1:5]:
+        choose(row, SamplingParams(**options).resolved({}), generator)
+        untouched.random()
+    assert generator.random() == untouched.random()
+
+
+def test_greedy_ties_as_torch() -> None:
+    generator = np.random.default_rng(3)
+    params = SamplingParams(temperature=0.0).resolved({})
+    for size in (5, 100, 40_000):
+        row = generator.integers(0, 4, size).astype(np.float32)
+        assert choose(row, params, make_generator(0)).token == int(torch.tensor(row).argmax())
+
+
+def test_the_bad_row_of_a_batch_is_named() -> None:
+    logits = np.zeros((3, 8), np.float32)
+    params, generators = [SamplingParams(temperature=1.0).resolved({})] * 3, [make_generator(0)] * 3
+    for bad in (np.nan, np.inf):
+        logits[2, 5] = bad
+        with pytest.raises(LlmxError, match="^Row 2 of the batch: The model returned NaN or infinite"):
+            sample(logits, params, generators)
+    logits[2] = -np.inf
+    with pytest.raises(LlmxError, match="^Row 2 of the batch"):
+        sample(logits, params, generators)
+    with pytest.raises(LlmxError, match="masked"):
+        choose(np.zeros(2, np.float32), params[0], generators[0], [0, 1])
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_those_of_the_unmodified_logits() -> None:
+    row = (np.random.default_rng(4).standard_normal(3000) * 4).astype(np.float32)
+    expected = torch.log_softmax(torch.tensor(row, dtype=torch.float64), -1).numpy()
+    params = SamplingParams(temperature=1.8, top_k=200, min_p=0.001, logprobs=6).resolved({})
+    generator = make_generator(9)
+    for _ in range(30):
+        choice = choose(row, params, generator)
+        assert choice.logprob == pytest.approx(expected[choice.token], abs=2e-6)
+        assert choice.rank == 1 + (row > row[choice.token]).sum()
+        assert choice.top is not None
+        assert [token for token, _ in choice.top] == np.argsort(-row)[:6].tolist()
+        np.testing.assert_allclose([p for _, p in choice.top], expected[np.argsort(-row)[:6]], atol=2e-6)
+
+
+def test_logprobs_on_request_alone_and_of_masked_tokens() -> None:
+    row = np.array([3.0, 1.0, 3.0, 2.0], np.float32)
+    greedy = SamplingParams(temperature=0.0).resolved({})
+    assert choose(row, greedy, make_generator(0)) == Choice(0)
+    choice = choose(row, SamplingParams(temperature=0.0, logprobs=3).resolved({}), make_generator(0), [0, 2])
+    assert (choice.token, choice.rank) == (3, 3)
+    assert choice.top is not None
+    assert [token for token, _ in choice.top] == [0, 2, 3]  # the model's own order, the lower id first among equals
+    assert choose(row, SamplingParams(temperature=0.0, logprobs=0).resolved({}), make_generator(0)).top == []
+    many = choose(row, SamplingParams(temperature=0.0, logprobs=1000).resolved({}), make_generator(0)).top
+    assert many is not None
+    assert len(many) == 4
+    assert sum(np.exp(p) for _, p in many) == pytest.approx(1.0)
