@@ -1,7 +1,7 @@
 """Prefill and decode speed beside the peers: interleaved runs, medians, ratios.
 
-    python benchmarks/decode.py --shape smollm2-135m
-    python benchmarks/decode.py --shape llama-1b --repeats 3 --peers llama.cpp-f32
+python benchmarks/decode.py --shape smollm2-135m
+python benchmarks/decode.py --shape llama-1b --repeats 3 --peers llama.cpp-f32
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ class Worker:
 
     def __init__(self, peer: str, model: Path, threads: int, peers: Path) -> None:
         engine = "llama.cpp" if peer.startswith("llama.cpp") else peer
-        command = [python_of(engine, peers), str(Path(__file__).with_name("worker.py")), engine, str(model), str(threads)]
+        command = [
+            python_of(engine, peers),
+            str(Path(__file__).with_name("worker.py")),
+            engine,
+            str(model),
+            str(threads),
+        ]
         self.peer = peer
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -80,8 +88,15 @@ def report(args: argparse.Namespace, checkpoint: Path, names: list[str], runs: d
     for name in names:
         prefill = summary([args.prompt / r["prefill_s"] for r in runs[name]])
         decode = summary([(args.tokens - 1) / r["decode_s"] for r in runs[name]])
-        same = [sum(a == b for a, b in zip(r["tokens"], q["tokens"], strict=True)) for r, q in zip(runs[name], runs["llmx"], strict=True)]
-        results[name] = {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, "first_16_tokens_equal_to_llmx": same}
+        same = [
+            sum(a == b for a, b in zip(r["tokens"], q["tokens"], strict=True))
+            for r, q in zip(runs[name], runs["llmx"], strict=True)
+        ]
+        results[name] = {
+            "prefill_tokens_per_s": prefill,
+            "decode_tokens_per_s": decode,
+            "first_16_tokens_equal_to_llmx": same,
+        }
     ours = results["llmx"]
     rows = []
     for name, r in results.items():

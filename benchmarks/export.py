@@ -1,7 +1,7 @@
 """Time and peak memory of an export, beside onnxruntime-genai's builder on the same checkpoint.
 
-    python benchmarks/export.py --shape smollm2-135m
-    python benchmarks/export.py --shape llama-1b --dtype fp16 --no-peer
+python benchmarks/export.py --shape smollm2-135m
+python benchmarks/export.py --shape llama-1b --dtype fp16 --no-peer
 """
 
 from __future__ import annotations
@@ -47,7 +47,20 @@ def main() -> None:
     checkpoint = checkpoint_for(args)
     ours, theirs = WORK / "export-llmx", WORK / "export-genai"
     commands = {
-        "llmx": [sys.executable, "-m", "llmx.cli", "export", "--model", str(checkpoint), "--output", str(ours), "--dtype", args.dtype, "--no-verify", "--force"]
+        "llmx": [
+            sys.executable,
+            "-m",
+            "llmx.cli",
+            "export",
+            "--model",
+            str(checkpoint),
+            "--output",
+            str(ours),
+            "--dtype",
+            args.dtype,
+            "--no-verify",
+            "--force",
+        ]
     }
     if not args.no_peer:
         commands["onnxruntime-genai"] = genai_builder(checkpoint, theirs, args.peers_dir, args.dtype)
@@ -63,10 +76,17 @@ def main() -> None:
     package = sum(p.stat().st_size for p in ours.iterdir())
     results = {n: {"seconds": summary(times[n]), "peak_bytes": summary(peaks[n])} for n in commands}
     rows = [
-        [n, f"{r['seconds']['median']:.1f} s", f"{r['peak_bytes']['median'] / 1e6:,.0f} MB", f"{r['peak_bytes']['median'] / weights:.2f}"]
+        [
+            n,
+            f"{r['seconds']['median']:.1f} s",
+            f"{r['peak_bytes']['median'] / 1e6:,.0f} MB",
+            f"{r['peak_bytes']['median'] / weights:.2f}",
+        ]
         for n, r in results.items()
     ]
-    print_table(f"export of {checkpoint.name} to {args.dtype}", ["exporter", "time", "peak RSS", "peak / weights"], rows)
+    print_table(
+        f"export of {checkpoint.name} to {args.dtype}", ["exporter", "time", "peak RSS", "peak / weights"], rows
+    )
     print(f"package {package:,} bytes, weights.data {weights:,}: {package / weights:.4f}")
     facts = {"shape": checkpoint.name, "dtype": args.dtype, "weights_bytes": weights, "package_bytes": package}
     write_results(args, f"export-{checkpoint.name}-{args.dtype}", {**facts, "exporters": results})

@@ -46,7 +46,9 @@ def main() -> None:
     package = model_for("llmx", checkpoint_for(args), WORK, DEFAULT)
     runs = {}
     for name in ("first open", "cached open"):
-        done = subprocess.run([sys.executable, __file__, "--child", str(package)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", str(package)], capture_output=True, text=True, check=True
+        )
         runs[name] = json.loads(done.stdout.splitlines()[-1])
     rows = []
     for name, r in runs.items():

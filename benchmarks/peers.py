@@ -1,6 +1,6 @@
 """The peers' environments, each in its own venv, and the models they read.
 
-    python benchmarks/peers.py setup            # into .peers/: llama-cpp-python builds for some minutes
+python benchmarks/peers.py setup            # into .peers/: llama-cpp-python builds for some minutes
 """
 
 from __future__ import annotations
@@ -37,7 +37,18 @@ def model_for(peer: str, checkpoint: Path, work: Path, peers: Path) -> Path:
     if engine == "llama.cpp":
         target = work / f"{checkpoint.name}-{kind or 'f32'}.gguf"
         if not target.is_file():
-            subprocess.run([python_of("llama.cpp", peers), str(HERE / "gguf_writer.py"), str(checkpoint), str(target), "--type", kind or "f32"], check=True, capture_output=True)
+            subprocess.run(
+                [
+                    python_of("llama.cpp", peers),
+                    str(HERE / "gguf_writer.py"),
+                    str(checkpoint),
+                    str(target),
+                    "--type",
+                    kind or "f32",
+                ],
+                check=True,
+                capture_output=True,
+            )
         return target
     if peer == "onnxruntime-genai":
         target = work / f"{checkpoint.name}-genai-fp32"
@@ -47,7 +58,20 @@ def model_for(peer: str, checkpoint: Path, work: Path, peers: Path) -> Path:
     if peer == "llmx":
         target = work / f"{checkpoint.name}-llmx-fp32"
         if not target.is_dir():
-            subprocess.run([sys.executable, "-m", "llmx.cli", "export", "--model", str(checkpoint), "--output", str(target), "--no-verify"], check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "llmx.cli",
+                    "export",
+                    "--model",
+                    str(checkpoint),
+                    "--output",
+                    str(target),
+                    "--no-verify",
+                ],
+                check=True,
+            )
         return target
     return checkpoint
 

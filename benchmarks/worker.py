@@ -38,7 +38,15 @@ def llama_cpp(model: str, threads: int) -> Run:
     import numpy as np
 
     llm = llama_cpp.Llama(
-        model, n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512, flash_attn=True, verbose=False, logits_all=False
+        model,
+        n_ctx=1024,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=512,
+        n_ubatch=512,
+        flash_attn=True,
+        verbose=False,
+        logits_all=False,
     )
     vocab = llm.n_vocab()
 
@@ -118,7 +126,11 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         prefill, decode, ids = run(request["prompt"], request["tokens"])
-        print(json.dumps({"prefill_s": prefill, "decode_s": decode, "tokens": [int(i) for i in ids[:16]]}), file=answers, flush=True)
+        print(
+            json.dumps({"prefill_s": prefill, "decode_s": decode, "tokens": [int(i) for i in ids[:16]]}),
+            file=answers,
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import click
-
 from llmx.cli.common import load, model_options, sampling_options, sampling_params
 
 _HELP = "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. Ctrl-C stops an answer."

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from llmx.runtime.params import SamplingParams
 
 
@@ -16,10 +15,21 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--onnx and how to load it."""
     for option in reversed(
         [
-            click.option("--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or the hub id of a published package."),
+            click.option(
+                "--onnx",
+                required=True,
+                metavar="DIR_OR_HUB_ID",
+                help="A package folder, or the hub id of a published package.",
+            ),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-            click.option("--max-length", type=int, help="Positions of the context to allocate [default: what half the free memory allows, at most 4096]."),
-            click.option("--threads", type=click.IntRange(1), help="CPU threads [default: the CPUs this process may use]."),
+            click.option(
+                "--max-length",
+                type=int,
+                help="Positions of the context to allocate [default: what half the free memory allows, at most 4096].",
+            ),
+            click.option(
+                "--threads", type=click.IntRange(1), help="CPU threads [default: the CPUs this process may use]."
+            ),
             click.option("--revision", help="Revision of a hub id."),
         ]
     ):
@@ -31,10 +41,14 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Sampling parameters; None leaves the package's default."""
     for option in reversed(
         [
-            click.option("-n", "--max-tokens", type=int, help="Most tokens to generate [default: the package's, else 256]."),
+            click.option(
+                "-n", "--max-tokens", type=int, help="Most tokens to generate [default: the package's, else 256]."
+            ),
             click.option("--temperature", type=float, help="0 is greedy [default: the package's]."),
             click.option("--top-k", type=int, help="Sample from the K most likely tokens."),
-            click.option("--top-p", type=float, help="Sample from the most likely tokens that make up this probability."),
+            click.option(
+                "--top-p", type=float, help="Sample from the most likely tokens that make up this probability."
+            ),
             click.option("--min-p", type=float, help="Drop tokens less likely than this part of the likeliest."),
             click.option("--seed", type=int, help="Make the draws repeatable."),
             click.option("--stop", multiple=True, help="End at this text (may be given several times)."),

@@ -17,7 +17,6 @@ def command(shell: str) -> None:
       llmx completion fish > ~/.config/fish/completions/llmx.fish
     """
     from click.shell_completion import get_completion_class
-
     from llmx.cli.main import main
 
     found = get_completion_class(shell)

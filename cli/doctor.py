@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
-
 from llmx.cli.common import human_bytes
 
 
@@ -42,7 +41,18 @@ def examine() -> dict[str, Any]:
     from llmx.runtime.machine import available_memory, usable_cpus
     from llmx.runtime.mapped_cache import default_cache_dir
 
-    names = ("llmx", "onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy", "torch", "transformers", "onnx-ir", "onnxscript", "peft")
+    names = (
+        "llmx",
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "tokenizers",
+        "numpy",
+        "torch",
+        "transformers",
+        "onnx-ir",
+        "onnxscript",
+        "peft",
+    )
     versions = {name: _installed(name) for name in names}
     problems: list[dict[str, str]] = []
     providers: list[str] = []
@@ -51,7 +61,12 @@ def examine() -> dict[str, Any]:
 
         providers = list(onnxruntime.get_available_providers())
     except (ImportError, AttributeError) as error:
-        problems.append({"problem": f"onnxruntime does not work ({error})", "fix": 'pip install "llmx[cpu]"  (or "llmx[gpu]" with an NVIDIA GPU)'})
+        problems.append(
+            {
+                "problem": f"onnxruntime does not work ({error})",
+                "fix": 'pip install "llmx[cpu]"  (or "llmx[gpu]" with an NVIDIA GPU)',
+            }
+        )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         problems.append(
             {
@@ -61,10 +76,17 @@ def examine() -> dict[str, Any]:
         )
     gpus = _gpus()
     if gpus and "CUDAExecutionProvider" not in providers:
-        problems.append({"problem": "there is a GPU and onnxruntime has no CUDA provider", "fix": 'pip uninstall -y onnxruntime && pip install "llmx[gpu]"'})
+        problems.append(
+            {
+                "problem": "there is a GPU and onnxruntime has no CUDA provider",
+                "fix": 'pip uninstall -y onnxruntime && pip install "llmx[gpu]"',
+            }
+        )
     missing = [name for name in ("torch", "transformers", "onnx-ir", "onnxscript") if versions[name] is None]
     if missing:
-        problems.append({"problem": f"export is not possible without {', '.join(missing)}", "fix": 'pip install "llmx[export]"'})
+        problems.append(
+            {"problem": f"export is not possible without {', '.join(missing)}", "fix": 'pip install "llmx[export]"'}
+        )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from llmx.cli.common import human_bytes
 from llmx.runtime.errors import MissingDependencyError
 
@@ -17,8 +16,14 @@ from llmx.runtime.errors import MissingDependencyError
 @click.command(name="export")
 @click.option("--model", required=True, metavar="DIR_OR_HUB_ID", help="A checkpoint folder, or a hub id like org/name.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [default: artifacts/<name>].")
-@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="The provider to build for.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].")
+@click.option(
+    "--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="The provider to build for."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].",
+)
 @click.option("--max-length", type=int, help="Shorten the context [default: the model's].")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA folder to merge in.")
@@ -66,20 +71,30 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
         if check.status == "passed"
         else "not verified"
     )
-    click.echo(f"{result.path}: {manifest.model.parameters:,} parameters, {manifest.dtype}, {human_bytes(size)}, {seconds:.1f} s; {verdict}.")
+    click.echo(
+        f"{result.path}: {manifest.model.parameters:,} parameters, {manifest.dtype}, {human_bytes(size)}, {seconds:.1f} s; {verdict}."
+    )
     click.echo(f'Run it: llmx run --onnx {result.path} --prompt "…"')
 
 
 def _need_torch() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    missing = [
+        name for name in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime") if find_spec(name) is None
+    ]
     if missing:
         extra = "export,cpu" if "onnxruntime" in missing else "export"
         raise MissingDependencyError(f'Exporting needs {", ".join(missing)}: pip install "llmx[{extra}]".')
 
 
-_TITLES = {"load": "Reading the checkpoint", "trace": "Tracing", "rewrite": "Rewriting graphs", "write": "Writing weights", "verify": "Verifying against PyTorch"}
+_TITLES = {
+    "load": "Reading the checkpoint",
+    "trace": "Tracing",
+    "rewrite": "Rewriting graphs",
+    "write": "Writing weights",
+    "verify": "Verifying against PyTorch",
+}
 
 
 class _progress:  # noqa: N801 - used as a function

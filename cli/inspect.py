@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from llmx.cli.common import human_bytes
 
 
@@ -96,8 +95,14 @@ def _print(facts: dict[str, Any]) -> None:
         ("built for", f"{facts['target']}, {facts['dtype']}"),
         ("parameters", f"{facts['parameters']:,} in {facts['layers']} layers, vocabulary {facts['vocabulary']:,}"),
         ("verified", verified),
-        ("context", f"{facts['context_length']:,} positions; {facts['longest_context_that_fits']:,} fit into {human_bytes(facts['free_memory'])} free"),
-        ("state", f"{', '.join(state['layouts'])}; {human_bytes(state['bytes_per_token'])} a token, {human_bytes(state['bytes_at_full_context'])} at full context"),
+        (
+            "context",
+            f"{facts['context_length']:,} positions; {facts['longest_context_that_fits']:,} fit into {human_bytes(facts['free_memory'])} free",
+        ),
+        (
+            "state",
+            f"{', '.join(state['layouts'])}; {human_bytes(state['bytes_per_token'])} a token, {human_bytes(state['bytes_at_full_context'])} at full context",
+        ),
         ("windows", ", ".join(map(str, state["windows"])) or "none"),
     ):
         head.add_row(f"[bold]{label}[/bold]", value)

@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from llmx.cli.common import load, model_options, read_prompt, sampling_options, sampling_params
 
 
 @click.command(name="run")
 @model_options
 @click.option("--prompt", help="Text to continue [default: standard input].")
-@click.option("--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A file with the text to continue.")
+@click.option(
+    "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A file with the text to continue."
+)
 @click.option("--chat", is_flag=True, help="Send the prompt as a user message through the chat template.")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
-def command(prompt: str | None, prompt_file: Path | None, chat: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(
+    prompt: str | None, prompt_file: Path | None, chat: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Continue a prompt, streaming to the terminal; timings go to standard error.
 
     \b
@@ -38,7 +41,10 @@ def command(prompt: str | None, prompt_file: Path | None, chat: bool, as_json: b
     with llm:
         request: Any = llm.chat_ids([{"role": "user", "content": text}]) if chat else text
         if options["max_length"] is None and not quiet and not as_json:
-            click.echo(f"Context: {llm.max_length:,} of {llm.manifest.model.context_length:,} positions (--max-length).", err=True)
+            click.echo(
+                f"Context: {llm.max_length:,} of {llm.manifest.model.context_length:,} positions (--max-length).",
+                err=True,
+            )
         if as_json:
             _print_json(llm.generate([request], params)[0])
         else:

@@ -1,8 +1,8 @@
 """llmx.export: a Hugging Face checkpoint in, a model package out. The only part of llmx that imports PyTorch.
 
-    from llmx.export import ExportOptions, export_model
+from llmx.export import ExportOptions, export_model
 
-    result = export_model(ExportOptions("artifacts/checkpoints/demo"))
+result = export_model(ExportOptions("artifacts/checkpoints/demo"))
 """
 
 from llmx.export.export import ExportOptions, ExportResult, Reporter, export_model

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from llmx.runtime.errors import UnsupportedModelError
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
-
-from llmx.runtime.errors import UnsupportedModelError
 
 IMPLEMENTATION = "llmx"
 
@@ -31,9 +30,29 @@ _GQA_INPUTS = (
 
 #: Keyword arguments of transformers' attention functions that change nothing in inference without a mask tensor.
 _IGNORED_KEYWORDS = frozenset(
-    "position_ids cache_position output_attentions output_router_logits output_hidden_states use_cache return_dict "
-    "past_key_values past_key_value position_embeddings head_mask is_causal layer_idx logits_to_keep "
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k sliding_window num_items_in_batch deterministic".split()
+    [
+        "position_ids",
+        "cache_position",
+        "output_attentions",
+        "output_router_logits",
+        "output_hidden_states",
+        "use_cache",
+        "return_dict",
+        "past_key_values",
+        "past_key_value",
+        "position_embeddings",
+        "head_mask",
+        "is_causal",
+        "layer_idx",
+        "logits_to_keep",
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "sliding_window",
+        "num_items_in_batch",
+        "deterministic",
+    ]
 )
 
 
@@ -107,7 +126,9 @@ class RecorderCache(Cache):
         return -1
 
     def _recurrent(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedModelError("the model keeps a recurrent or convolution state, and only key/value state is exported so far")
+        raise UnsupportedModelError(
+            "the model keeps a recurrent or convolution state, and only key/value state is exported so far"
+        )
 
     get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state = _recurrent
 
@@ -186,13 +207,19 @@ def _layer_state(
     where = f"{type(module).__name__}"
     unknown = sorted(name for name, v in kwargs.items() if v is not None and name not in _IGNORED_KEYWORDS)
     if unknown:
-        raise UnsupportedModelError(f"{where} passes {', '.join(unknown)} to attention, which GroupQueryAttention has no input for")
+        raise UnsupportedModelError(
+            f"{where} passes {', '.join(unknown)} to attention, which GroupQueryAttention has no input for"
+        )
     if recorder.pending is None:
-        raise UnsupportedModelError(f"{where} attends without writing to the cache (cross attention, or keys shared between layers)")
+        raise UnsupportedModelError(
+            f"{where} attends without writing to the cache (cross attention, or keys shared between layers)"
+        )
     layer, written_key, written_value = recorder.pending
     recorder.pending = None
     if key is not written_key or value is not written_value:
-        raise UnsupportedModelError(f"{where} attends to keys or values other than those it wrote to the cache (layer {layer})")
+        raise UnsupportedModelError(
+            f"{where} attends to keys or values other than those it wrote to the cache (layer {layer})"
+        )
     if layer in recorder.layers and recorder.steps is None:
         raise UnsupportedModelError(f"{where} writes layer {layer} of the cache twice in one pass")
     if not isinstance(mask, MaskSpec):
@@ -257,7 +284,9 @@ def classify_mask(mask_function: Callable[..., Any], local_size: int | None) -> 
         try:
             allowed = torch.as_tensor(mask_function(zero, zero, query, key)).expand(len(positions), len(positions))
         except Exception as error:
-            raise UnsupportedModelError(f"its attention mask depends on the input ({type(error).__name__}: {error})") from None
+            raise UnsupportedModelError(
+                f"its attention mask depends on the input ({type(error).__name__}: {error})"
+            ) from None
         causal = key <= query
         if torch.equal(allowed, causal):
             return MaskSpec(None)

@@ -44,7 +44,9 @@ def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
         patterns = _WANTED + (["*.py"] if trust_remote_code else [])
         folder, commit = download(model, revision, patterns, CheckpointError)
     else:
-        raise CheckpointError(f"There is no checkpoint at {model}; give a folder with config.json, or a hub id like org/name.")
+        raise CheckpointError(
+            f"There is no checkpoint at {model}; give a folder with config.json, or a hub id like org/name."
+        )
     if not (folder / "config.json").is_file():
         kind = "folder" if folder.is_dir() else "file"
         raise CheckpointError(f"{model} is not a Hugging Face checkpoint: the {kind} has no config.json.")
@@ -62,12 +64,16 @@ def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"The config.json of {model} cannot be read: {error}.") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
-        raise CheckpointError(f"The config.json of {model} names no model_type, so it is not a transformers checkpoint.")
+        raise CheckpointError(
+            f"The config.json of {model} names no model_type, so it is not a transformers checkpoint."
+        )
     if raw.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 
         if raw["model_type"] not in CONFIG_MAPPING:
-            raise CheckpointError(f"{model} needs Python code of its own; read it, then allow it with --trust-remote-code.")
+            raise CheckpointError(
+                f"{model} needs Python code of its own; read it, then allow it with --trust-remote-code."
+            )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -84,15 +90,21 @@ def _check_config(config: Any, model: str) -> None:
             f"{model} is already quantized ({method}), which llmx does not read yet; export the original checkpoint instead."
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{model} ({what}) is an encoder-decoder; llmx exports decoder-only language models so far.")
+        raise UnsupportedModelError(
+            f"{model} ({what}) is an encoder-decoder; llmx exports decoder-only language models so far."
+        )
     remote = getattr(config, "auto_map", None) or {}
     if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in remote:
-        raise UnsupportedModelError(f"{model} ({what}) is not a causal language model, the only kind that llmx exports so far.")
+        raise UnsupportedModelError(
+            f"{model} ({what}) is not a causal language model, the only kind that llmx exports so far."
+        )
 
 
 def _check_weights(folder: Path, model: str) -> None:
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{model} has a config.json but no weights (*.safetensors); download the whole checkpoint.")
+        raise CheckpointError(
+            f"{model} has a config.json but no weights (*.safetensors); download the whole checkpoint."
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -101,4 +113,6 @@ def _check_weights(folder: Path, model: str) -> None:
             raise CheckpointError(f"{index} is damaged; download the checkpoint again.") from None
         missing = sorted(name for name in files if not (folder / name).is_file())
         if missing:
-            raise CheckpointError(f"{model} lacks {missing[0]} ({len(missing)} of {len(files)} weight files missing); download it again.")
+            raise CheckpointError(
+                f"{model} lacks {missing[0]} ({len(missing)} of {len(files)} weight files missing); download it again."
+            )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from llmx.export.attention import LayerState
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.package import (
@@ -100,7 +99,9 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
         tokenizer = write_tokenizer(checkpoint, folder)
         defaults, ignored = generation_defaults(checkpoint)
         if ignored:
-            warnings.append(f"generation_config sets {', '.join(ignored)}, which llmx does not apply; output may differ from transformers' default.")
+            warnings.append(
+                f"generation_config sets {', '.join(ignored)}, which llmx does not apply; output may differ from transformers' default."
+            )
         source = build_source(checkpoint, getattr(torch, dtype), options.adapter, warnings.append)
         _check_vocabulary(source, folder, tokenizer.file)
 
@@ -163,11 +164,20 @@ def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> st
 
 def _context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     config = checkpoint.config.get_text_config(decoder=True)
-    known = next((v for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length") if (v := getattr(config, n, None))), None)
+    known = next(
+        (
+            v
+            for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            if (v := getattr(config, n, None))
+        ),
+        None,
+    )
     if known is None and wanted is None:
         raise ExportError(f"{checkpoint.name} does not say how long its context is; give --max-length.")
     if wanted is not None and (wanted < 2 or (known is not None and wanted > known)):
-        raise ExportError(f"--max-length must lie between 2 and the model's context of {known} positions, and is {wanted}.")
+        raise ExportError(
+            f"--max-length must lie between 2 and the model's context of {known} positions, and is {wanted}."
+        )
     return int(wanted or known or 0)
 
 
@@ -179,7 +189,9 @@ def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) ->
     rows = source.module.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
     highest = max(tokens.values(), default=0)
     if highest >= rows:
-        raise ExportError(f"The tokenizer has token id {highest} and the model only {rows} embeddings; they do not belong together.")
+        raise ExportError(
+            f"The tokenizer has token id {highest} and the model only {rows} embeddings; they do not belong together."
+        )
 
 
 def _explain(checkpoint: Checkpoint, work: Callable[[], Any]) -> Any:
@@ -197,7 +209,9 @@ def _hidden_size(source: SourceModel) -> int:
 
 def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
     return [
-        StateTensor(s.layer, part, "in_place", past, present, dtype, ["slots", s.kv_heads, "max_length", s.head_dim], s.window)
+        StateTensor(
+            s.layer, part, "in_place", past, present, dtype, ["slots", s.kv_heads, "max_length", s.head_dim], s.window
+        )
         for s in layers
         for part, past, present in state_names(s.layer)
     ]
@@ -214,7 +228,9 @@ def _source_info(checkpoint: Checkpoint, options: ExportOptions, source: SourceM
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("llmx", "torch", "transformers", "onnx-ir", "onnxscript")}
+    return {
+        name: importlib.metadata.version(name) for name in ("llmx", "torch", "transformers", "onnx-ir", "onnxscript")
+    }
 
 
 def _verified(
@@ -231,7 +247,9 @@ def _verified(
 
     windows = sorted({t.window for t in manifest.state if t.window is not None})
     longest = min(manifest.model.context_length, 2048)
-    backend = open_backend(folder, replace(manifest, target="cpu"), device="cpu", max_length=longest, slots=4, mapped_cache=False)
+    backend = open_backend(
+        folder, replace(manifest, target="cpu"), device="cpu", max_length=longest, slots=4, mapped_cache=False
+    )
     try:
         result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, reporter.advance)
     finally:

@@ -167,9 +167,7 @@ class RotaryInAttention(InPlacePass):
             modified = True
         return PassResult(model, modified=modified)
 
-    def _tables(
-        self, model: ir.Model, cos: ir.Value, sin: ir.Value, head_dim: int
-    ) -> tuple[ir.Value, ir.Value] | None:
+    def _tables(self, model: ir.Model, cos: ir.Value, sin: ir.Value, head_dim: int) -> tuple[ir.Value, ir.Value] | None:
         """Initializers [context, head_dim / 2] of what `cos` and `sin` are at each position, or None."""
         assert cos.dtype is not None
         size = self.context_length * head_dim * cos.dtype.itemsize  # both tables, half of the head's size each
@@ -314,7 +312,13 @@ def evaluate_at_positions(model: ir.Model, wanted: list[ir.Value], count: int) -
         initializers.append(copy)
     copies = []
     for node in order:
-        copy_node = ir.Node(node.domain, node.op_type, [mapping[v] for v in node.inputs], list(node.attributes.values()), num_outputs=len(node.outputs))
+        copy_node = ir.Node(
+            node.domain,
+            node.op_type,
+            [mapping[v] for v in node.inputs],
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+        )
         for old, new in zip(node.outputs, copy_node.outputs, strict=True):
             new.name, new.type = old.name, old.type
             mapping[old] = new
@@ -324,7 +328,9 @@ def evaluate_at_positions(model: ir.Model, wanted: list[ir.Value], count: int) -
         target = mapping[value]
         assert target is not None
         outputs.append(target)
-    graph = ir.Graph(inputs, outputs, nodes=copies, initializers=initializers, opset_imports=model.opset_imports, name="positions")
+    graph = ir.Graph(
+        inputs, outputs, nodes=copies, initializers=initializers, opset_imports=model.opset_imports, name="positions"
+    )
     small = ir.Model(graph, ir_version=model.ir_version)
     raw = ir.to_proto(small).SerializeToString()
     options = onnxruntime.SessionOptions()

@@ -19,10 +19,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from llmx.runtime.errors import UnsupportedModelError
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-from llmx.runtime.errors import UnsupportedModelError
 
 #: Both provider builds that llmx targets read this opset; the exporters' default is newer than the CUDA build.
 OPSET = 21

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
-
 from llmx.export.passes import is_parameter
 from llmx.export.trace import state_names
 from llmx.export.weights import SourceModel
@@ -111,7 +110,9 @@ def write_graphs(folder: Path, graphs: dict[str, ir.Model], source: SourceModel,
                         progress(done, total)
                     length = file.tell() - offset
                     if length != tensor.nbytes:
-                        raise ExportError(f"{value.name} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph.")
+                        raise ExportError(
+                            f"{value.name} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph."
+                        )
                     written[value.name] = ir.ExternalTensor(
                         WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
                     )

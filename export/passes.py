@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterator
 
 import onnx_ir as ir
+from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
+from llmx.export.trace import GATHER_POSITIONS
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -23,9 +25,6 @@ from onnx_ir.passes.common import (
 )
 from onnxscript import rewriter
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
-
-from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
-from llmx.export.trace import GATHER_POSITIONS
 
 
 class _GatherPositionsPass(InPlacePass):
@@ -75,7 +74,7 @@ class OneTokenPerRow(InPlacePass):
         modified = False
         for value in [*model.graph.inputs, *model.graph.outputs]:
             shape = value.shape
-            if shape is None or "seq" not in [str(d) for d in shape] and "asked" not in [str(d) for d in shape]:
+            if shape is None or ("seq" not in [str(d) for d in shape] and "asked" not in [str(d) for d in shape]):
                 continue
             value.shape = ir.Shape([1 if str(dim) in ("seq", "asked") else dim for dim in shape])
             modified = True

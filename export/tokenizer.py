@@ -39,7 +39,9 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerInfo:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=_eos_ids(checkpoint, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        special_tokens={key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+        special_tokens={
+            key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)
+        },
         clean_up_tokenization_spaces=bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
     )
 
@@ -47,15 +49,29 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerInfo:
 def _load(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer
 
-    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json", "sentencepiece.bpe.model")
+    known = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer_config.json",
+        "sentencepiece.bpe.model",
+    )
     if not any((checkpoint.path / name).is_file() for name in known):
-        raise CheckpointError(f"{checkpoint.name} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json …); add its files to the folder.")
+        raise CheckpointError(
+            f"{checkpoint.name} has no tokenizer (tokenizer.json, tokenizer.model, vocab.json …); add its files to the folder."
+        )
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(checkpoint.path, config=checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+            return AutoTokenizer.from_pretrained(
+                checkpoint.path, config=checkpoint.config, trust_remote_code=checkpoint.trust_remote_code
+            )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"The tokenizer of {checkpoint.name} cannot be converted to tokenizer.json: {reason[:240]}") from None
+        raise CheckpointError(
+            f"The tokenizer of {checkpoint.name} cannot be converted to tokenizer.json: {reason[:240]}"
+        ) from None
 
 
 def _write_templates(template: str | dict[str, str] | None, folder: Path) -> tuple[str | None, dict[str, str]]:
@@ -110,6 +126,13 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
                 defaults[name] = float(value)
     if config.max_new_tokens:
         defaults["max_tokens"] = int(config.max_new_tokens)
-    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1, "bad_words_ids": None, "suppress_tokens": None}
+    neutral = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "typical_p": 1.0,
+        "num_beams": 1,
+        "bad_words_ids": None,
+        "suppress_tokens": None,
+    }
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]
     return defaults, ignored

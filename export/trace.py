@@ -12,12 +12,11 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from llmx.export import attention
 from llmx.export.attention import LayerState, Recorder, StepInputs, recording
 from llmx.export.lowering import lower
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 #: Placeholder for "the rows of `hidden` at `positions`"; each graph lowers it its own way (llmx.export.passes).
 GATHER_POSITIONS = ("llmx", "GatherPositions")
@@ -74,7 +73,9 @@ def output_head(model: torch.nn.Module) -> torch.nn.Module:
     """The module that turns hidden states into logits. Raises UnsupportedModelError where there is none."""
     head = model.get_output_embeddings()
     if head is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no output embeddings, so it gives no next-token logits")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no output embeddings, so it gives no next-token logits"
+        )
     return head
 
 
@@ -105,7 +106,9 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
 
             raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
     if not recorder.layers:
-        raise UnsupportedModelError(f"{type(model).__name__} does not use transformers' attention interface, which the export traces through")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not use transformers' attention interface, which the export traces through"
+        )
     return [recorder.layers[layer] for layer in sorted(recorder.layers)]
 
 
@@ -114,9 +117,7 @@ def trace(model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool)
     dtype = next(model.parameters()).dtype
     # State shapes are constants while tracing: they only pass through the attention node, which reads them at run
     # time, and symbolic ones would cost the tracer a guard for each layer.
-    past = [
-        tuple(torch.zeros(_BATCH, s.kv_heads, _LENGTH, s.head_dim, dtype=dtype) for _ in range(2)) for s in layers
-    ]
+    past = [tuple(torch.zeros(_BATCH, s.kv_heads, _LENGTH, s.head_dim, dtype=dtype) for _ in range(2)) for s in layers]
     inputs: dict[str, Any] = {
         "input_ids": torch.ones(_BATCH, _SEQ, dtype=torch.long),
         "position_ids": torch.arange(_SEQ)[None].repeat(_BATCH, 1),
@@ -128,7 +129,7 @@ def trace(model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool)
     if query_seqlens:
         inputs["query_seqlens"] = torch.full((_BATCH,), _SEQ, dtype=torch.int32)
     symbolic = torch.export.Dim.DYNAMIC
-    dynamic: dict[str, Any] = {name: None for name in inputs}
+    dynamic: dict[str, Any] = dict.fromkeys(inputs)
     for name in ("input_ids", "position_ids", "logits_positions"):
         dynamic[name] = {0: symbolic, 1: symbolic}
     dynamic["past"] = [(None, None)] * len(layers)
@@ -149,9 +150,7 @@ _SHAPES: dict[str, list[str]] = {
 
 def state_names(layer: int) -> list[tuple[str, str, str]]:
     """(part, input name, output name) of a layer's state tensors, in the ecosystem's names."""
-    return [
-        (part, f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for part in ("key", "value")
-    ]
+    return [(part, f"past_key_values.{layer}.{part}", f"present.{layer}.{part}") for part in ("key", "value")]
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, layers: list[LayerState]) -> None:

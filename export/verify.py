@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
 from llmx.export.weights import load_model
@@ -97,7 +96,9 @@ def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     with torch.no_grad(), quiet():
         original, model.generation_config = model.generation_config, config
         try:
-            tokens: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+            tokens: torch.Tensor = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+            )
         finally:
             model.generation_config = original
     return tokens
@@ -113,7 +114,9 @@ def _compare_prefill(backend: Backend, slot: int, path: ReferencePath, dtype: st
     for start, end in ((0, split), (split, path.prompt_length)):
         if start < end:
             logits = backend.prefill(slot, path.tokens[start:end], start, np.arange(end - start))
-            difference, tolerance = check_logits(logits, path.logits[start:end], dtype, f"row {slot}, prefill position", start)
+            difference, tolerance = check_logits(
+                logits, path.logits[start:end], dtype, f"row {slot}, prefill position", start
+            )
             worst = max(worst, difference)
     return worst, path.prompt_length, tolerance
 
@@ -127,7 +130,9 @@ def _compare_decode(backend: Backend, paths: list[ReferencePath], dtype: str) ->
         logits = backend.decode(tokens, np.array(lengths))
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
             place = f"row {row}, decode position"
-            difference, allowed = check_logits(logits[row : row + 1], path.logits[length : length + 1], dtype, place, length)
+            difference, allowed = check_logits(
+                logits[row : row + 1], path.logits[length : length + 1], dtype, place, length
+            )
             worst, tolerance = max(worst, difference), max(tolerance, allowed)
     return worst, _NEW_TOKENS * len(paths), tolerance
 

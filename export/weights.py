@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from llmx.export.attention import IMPLEMENTATION
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
@@ -57,7 +56,9 @@ def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     converted = tensor.detach().to("cpu", dtype).contiguous()
     if converted.dtype != tensor.dtype and converted.is_floating_point() and not torch.isfinite(converted).all():
         if torch.isfinite(tensor).all():
-            raise ExportError(f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32.")
+            raise ExportError(
+                f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32."
+            )
     return converted.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -80,7 +81,9 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
                     raise ValueError("data cut short")
                 dtype = _DTYPES.get(info["dtype"])
                 if dtype is not None:
-                    tensors[name] = StoredTensor(file, 8 + header_size + start, end - start, dtype, tuple(info["shape"]))
+                    tensors[name] = StoredTensor(
+                        file, 8 + header_size + start, end - start, dtype, tuple(info["shape"])
+                    )
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error}); download it again.") from None
     return tensors
@@ -215,7 +218,9 @@ def _merge_adapter(module: Any, adapter: Path) -> Any:
         with quiet():
             merged = PeftModel.from_pretrained(module, str(adapter)).merge_and_unload(safe_merge=True)
     except Exception as error:
-        raise CheckpointError(f"The adapter {adapter} does not fit the model: {str(error).strip().splitlines()[0][:200]}") from None
+        raise CheckpointError(
+            f"The adapter {adapter} does not fit the model: {str(error).strip().splitlines()[0][:200]}"
+        ) from None
     return merged
 
 

@@ -1,10 +1,10 @@
 """llmx.runtime: a model package in, tokens out, on numpy, onnxruntime and tokenizers alone.
 
-    from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM, SamplingParams
 
-    llm = LLM("artifacts/demo")
-    [out] = llm.generate(["ROMEO:"], SamplingParams(max_tokens=64))
-    print(out.outputs[0].text)
+llm = LLM("artifacts/demo")
+[out] = llm.generate(["ROMEO:"], SamplingParams(max_tokens=64))
+print(out.outputs[0].text)
 """
 
 from llmx.runtime.aio import AsyncLLM

@@ -23,7 +23,9 @@ class AsyncLLM:
     and event loops share the batch. Arguments are those of LLM; `llm` takes one that exists.
     """
 
-    def __init__(self, model: str | Path | None = None, device: str = "auto", *, llm: LLM | None = None, **settings: Any) -> None:
+    def __init__(
+        self, model: str | Path | None = None, device: str = "auto", *, llm: LLM | None = None, **settings: Any
+    ) -> None:
         if llm is None:
             if model is None:
                 raise TypeError("AsyncLLM needs a model or an llm")
@@ -84,7 +86,9 @@ class AsyncLLM:
         """As LLM.chat."""
         return (await self.generate([self.llm.chat_ids(messages, **template_variables)], params))[0]
 
-    def _submit(self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
+    def _submit(
+        self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
+    ) -> list[Request]:
         if self._stop:
             raise ClosedError("This AsyncLLM was closed; create a new one.")
         requests = self.llm._submit(wanted)

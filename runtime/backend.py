@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-
 from llmx.runtime.dtypes import numpy_dtype
 from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
@@ -63,9 +62,13 @@ class OrtBackend:
 
     def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
         count = len(token_ids)
-        assert 0 <= start and start + count <= self.max_length and 0 <= slot < self.slots
-        asked = positions if len(positions) else np.zeros(1, np.int64)  # an empty axis is not worth a kernel's corner case
-        step = _Step(self._sessions["prefill"], self._prefill_graph, self._state, slot, 1, count, len(asked), self.manifest)
+        assert start >= 0 and start + count <= self.max_length and 0 <= slot < self.slots
+        asked = (
+            positions if len(positions) else np.zeros(1, np.int64)
+        )  # an empty axis is not worth a kernel's corner case
+        step = _Step(
+            self._sessions["prefill"], self._prefill_graph, self._state, slot, 1, count, len(asked), self.manifest
+        )
         step.feed("input_ids", np.asarray(token_ids)[None])
         step.feed("position_ids", np.arange(start, start + count)[None])
         step.feed("logits_positions", np.asarray(asked)[None])
@@ -78,7 +81,9 @@ class OrtBackend:
         rows = len(token_ids)
         step = self._decode_steps.get(rows)
         if step is None:
-            step = _Step(self._sessions["decode"], self.manifest.graphs["decode"], self._state, 0, rows, 1, 1, self.manifest)
+            step = _Step(
+                self._sessions["decode"], self.manifest.graphs["decode"], self._state, 0, rows, 1, 1, self.manifest
+            )
             step.feed("query_seqlens", 1)
             self._decode_steps[rows] = step
         step.feed("input_ids", token_ids[:, None])
@@ -101,7 +106,15 @@ class _Step:
     """One bound call: `rows` slots from `first` on, `seq` tokens each, logits of `asked` columns."""
 
     def __init__(
-        self, session: Any, graph: GraphInfo, state: StatePool, first: int, rows: int, seq: int, asked: int, manifest: Manifest
+        self,
+        session: Any,
+        graph: GraphInfo,
+        state: StatePool,
+        first: int,
+        rows: int,
+        seq: int,
+        asked: int,
+        manifest: Manifest,
     ) -> None:
         ort = import_onnxruntime()
         self._session = session
@@ -137,7 +150,9 @@ class _Step:
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             reason = " ".join(str(error).split())[:300]
             if "llocat" in reason or "memory" in reason.lower():
-                raise OutOfMemoryError(f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk.") from None
+                raise OutOfMemoryError(
+                    f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk."
+                ) from None
             raise LlmxError(f"onnxruntime failed to run the graph: {reason}") from None
         return self._logits
 

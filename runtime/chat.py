@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-
 from llmx.runtime.errors import RequestError
 
 Message = Mapping[str, Any]

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-
 from llmx.runtime.backend import Backend
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.outputs import Logprob, StreamPiece
@@ -136,7 +135,9 @@ class Engine:
     def _decode(self, sequences: list[Sequence]) -> None:
         rows = self.scheduler.pool.num_rows
         tokens, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        for idle in self.scheduler.pool.held():  # a row in prefill keeps its length: what it writes there is overwritten
+        for (
+            idle
+        ) in self.scheduler.pool.held():  # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
         for sequence in sequences:
             tokens[sequence.slot] = sequence.tokens[-1]
@@ -218,7 +219,9 @@ class Engine:
         request = sequence.request
         if request.emit is not None:
             metrics = request.metrics if request.finished else None
-            piece = StreamPiece(text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics)
+            piece = StreamPiece(
+                text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics
+            )
             request.emit(piece)
 
     def _fail(self, request: Request, error: LlmxError) -> None:

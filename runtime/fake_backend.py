@@ -21,7 +21,9 @@ class FakeBackend:
     def next_logits(self, tokens: list[int]) -> np.ndarray:
         """float32 [vocab]: what the model says after `tokens`."""
         seed = np.frombuffer(np.array(tokens, np.int64).tobytes(), np.uint32)
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist()))).standard_normal(self.vocab_size, np.float32)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist()))).standard_normal(
+            self.vocab_size, np.float32
+        )
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The continuation that any correct scheduler must produce."""

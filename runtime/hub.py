@@ -43,7 +43,9 @@ def download(
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise error(f"There is no folder {name} here, and the hub could not be reached for it ({reason[:160]}).") from None
+        raise error(
+            f"There is no folder {name} here, and the hub could not be reached for it ({reason[:160]})."
+        ) from None
     return folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
@@ -56,5 +58,7 @@ def resolve_package(name: str | Path, revision: str | None = None) -> Path:
     if folder.exists():
         return folder
     if not looks_like_hub_id(str(name)):
-        raise PackageError(f"There is no model package at {name}; create one with `llmx export --model … --output {name}`.")
+        raise PackageError(
+            f"There is no model package at {name}; create one with `llmx export --model … --output {name}`."
+        )
     return download(str(name), revision, None, PackageError)[0]

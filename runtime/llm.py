@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-
 from llmx.runtime.backend import Backend, OrtBackend
 from llmx.runtime.chat import ChatTemplate
 from llmx.runtime.engine import Engine
@@ -92,7 +91,9 @@ class LLM:
         folder = resolve_package(model, revision)
         manifest = load_manifest(folder)
         if manifest.family != "decoder":
-            raise FamilyError(f"{folder} is an {manifest.family} model, which does not generate text; use `llmx embed`.")
+            raise FamilyError(
+                f"{folder} is an {manifest.family} model, which does not generate text; use `llmx embed`."
+            )
         tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         cache = Path(cache_dir) if cache_dir is not None else None
         backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
@@ -179,7 +180,9 @@ class LLM:
             info = self.manifest.tokenizer
             file = info.chat_template if template == "default" else info.chat_templates.get(template)
             if file is None:
-                raise RequestError(f"The package has no chat template{'' if template == 'default' else f' named {template!r}'}; use a plain prompt.")
+                raise RequestError(
+                    f"The package has no chat template{'' if template == 'default' else f' named {template!r}'}; use a plain prompt."
+                )
             source = (self.folder / file).read_text(encoding="utf-8")
             self._templates[template] = ChatTemplate(source, info.special_tokens)
         return self._templates[template].render(messages, **variables)
@@ -197,7 +200,9 @@ class LLM:
         for prompt in _as_list(prompts):
             ids = self._encode(prompt)
             if len(ids) > self.max_length:
-                raise ContextLengthError(f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces.")
+                raise ContextLengthError(
+                    f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
+                )
             with self._exclusive():
                 results.append(_score(self.backend, np.array(ids, np.int64), self.prefill_chunk))
         return results
@@ -205,7 +210,9 @@ class LLM:
     def warmup(self) -> None:
         """Run every graph once, so that the first request meets warm code and touched memory."""
         with self._exclusive():
-            self.backend.prefill(0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64))
+            self.backend.prefill(
+                0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64)
+            )
             self.backend.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
 
     # -- driving the engine -------------------------------------------------------------------------------------------
@@ -233,7 +240,9 @@ class LLM:
     def _exclusive(self) -> _Exclusive:
         return _Exclusive(self)
 
-    def _submit(self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
+    def _submit(
+        self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
+    ) -> list[Request]:
         self._check_usable()
         requests: list[Request] = []
         try:
@@ -265,7 +274,9 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * count
         if len(params) != count:
-            raise RequestError(f"There are {count} prompts and {len(params)} SamplingParams; give one, or one for each.")
+            raise RequestError(
+                f"There are {count} prompts and {len(params)} SamplingParams; give one, or one for each."
+            )
         return list(params)
 
     # -- lifetime -----------------------------------------------------------------------------------------------------
@@ -289,7 +300,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -210,7 +210,9 @@ def _parse(kind: Any, raw: Any, where: str) -> Any:
 def _parse_dataclass(kind: Any, raw: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
     try:
-        return kind(**{f.name: _parse(hints[f.name], raw[f.name], f"{where}.{f.name}") for f in fields(kind) if f.name in raw})
+        return kind(
+            **{f.name: _parse(hints[f.name], raw[f.name], f"{where}.{f.name}") for f in fields(kind) if f.name in raw}
+        )
     except TypeError as error:
         missing = str(error).rpartition(": ")[2]
         raise PackageError(f"{where} lacks {missing}; the manifest is damaged: export the model again.") from None
@@ -222,17 +224,23 @@ def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
     Raises PackageError: no such folder, no manifest, a newer major version, a missing or truncated file.
     """
     if not folder.is_dir():
-        raise PackageError(f"There is no model package at {folder}; create one with `llmx export --model … --output {folder}`.")
+        raise PackageError(
+            f"There is no model package at {folder}; create one with `llmx export --model … --output {folder}`."
+        )
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        hint = " (it looks like a Hugging Face checkpoint: export it first)" if (folder / "config.json").is_file() else ""
+        hint = (
+            " (it looks like a Hugging Face checkpoint: export it first)" if (folder / "config.json").is_file() else ""
+        )
         raise PackageError(f"{folder} is not a model package{hint}: it has no {MANIFEST_FILE}; run `llmx export`.")
     manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
     if check_sizes:
         for name, info in manifest.files.items():
             file = folder / name
             if not file.is_file():
-                raise PackageError(f"{folder} lacks {name}, which its manifest lists; copy or export the package again.")
+                raise PackageError(
+                    f"{folder} lacks {name}, which its manifest lists; copy or export the package again."
+                )
             if file.stat().st_size != info.size:
                 raise PackageError(
                     f"{file} has {file.stat().st_size:,} bytes and its manifest says {info.size:,}: it was cut short or "
@@ -247,4 +255,6 @@ def check_hashes(folder: Path, manifest: Manifest) -> None:
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != info.sha256:
-            raise PackageError(f"{folder / name} was altered (its sha256 differs from the manifest's); copy or export the package again.")
+            raise PackageError(
+                f"{folder / name} was altered (its sha256 differs from the manifest's); copy or export the package again."
+            )

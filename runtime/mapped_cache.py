@@ -53,9 +53,7 @@ class MappedCache:
         self.folder = (folder or default_cache_dir()) / "prepacked"
         self.bound = bound
 
-    def get(
-        self, package: Path, manifest: Manifest, make_options: Callable[[], Any]
-    ) -> dict[str, Path] | None:
+    def get(self, package: Path, manifest: Manifest, make_options: Callable[[], Any]) -> dict[str, Path] | None:
         """Graph files of the package's entry, built where missing; None where the package is better opened as it is.
 
         A cache that cannot be written costs memory, not the run: it warns once and returns None.
@@ -71,7 +69,9 @@ class MappedCache:
                 self._build(entry, package, names, make_options)
             except Exception as error:  # onnxruntime's failures share no base class; opening the package itself tells
                 reason = " ".join(str(error).split())[:160]
-                warnings.warn(f"the cache of prepacked weights at {self.folder} could not be written ({reason})", stacklevel=2)
+                warnings.warn(
+                    f"the cache of prepacked weights at {self.folder} could not be written ({reason})", stacklevel=2
+                )
                 return None
         with contextlib.suppress(OSError):
             os.utime(entry / COMPLETE)  # read for "least recently used"
@@ -80,7 +80,11 @@ class MappedCache:
     def key(self, manifest: Manifest) -> str:
         """Hash of everything that the blobs depend on."""
         facts = [import_onnxruntime().__version__, cpu_fingerprint()]
-        facts += [f"{name}={info.sha256}" for name, info in sorted(manifest.files.items()) if name.endswith((".onnx", ".data"))]
+        facts += [
+            f"{name}={info.sha256}"
+            for name, info in sorted(manifest.files.items())
+            if name.endswith((".onnx", ".data"))
+        ]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]
 
     @staticmethod

@@ -33,7 +33,9 @@ def import_onnxruntime() -> Any:
             'onnxruntime is not installed: pip install "llmx[cpu]" (or "llmx[gpu]" for CUDA).'
         ) from None
     if not hasattr(onnxruntime, "InferenceSession"):  # both wheels were installed, and one was removed
-        raise MissingDependencyError('onnxruntime is damaged: pip install --force-reinstall "llmx[cpu]" (or "llmx[gpu]").')
+        raise MissingDependencyError(
+            'onnxruntime is damaged: pip install --force-reinstall "llmx[cpu]" (or "llmx[gpu]").'
+        )
     return onnxruntime
 
 

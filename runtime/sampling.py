@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from llmx.runtime.errors import LlmxError
 from llmx.runtime.params import SamplingParams
 

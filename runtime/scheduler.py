@@ -187,7 +187,8 @@ class Scheduler:
         if sequence.request.prompt_logits is None:
             return None
         return next(
-            (s for s in sequence.request.sequences if s is not sequence and s.slot is not None and not s.prefilling), None
+            (s for s in sequence.request.sequences if s is not sequence and s.slot is not None and not s.prefilling),
+            None,
         )
 
     def _compaction(self) -> list[tuple[Sequence, int]]:

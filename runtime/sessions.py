@@ -75,7 +75,9 @@ def open_session(path: Path, options: Any, device: Device) -> Any:
         reason = " ".join(str(error).split())[:240]
         raise PackageError(f"onnxruntime {ort.__version__} cannot open {path}: {reason}") from None
     if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise ProviderError("onnxruntime has a CUDA provider but could not start it (driver, CUDA or cuDNN missing?); see `llmx doctor`.")
+        raise ProviderError(
+            "onnxruntime has a CUDA provider but could not start it (driver, CUDA or cuDNN missing?); see `llmx doctor`."
+        )
     return session
 
 

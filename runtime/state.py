@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.errors import OutOfMemoryError, PackageError, RequestError
 from llmx.runtime.machine import available_memory
@@ -24,9 +22,7 @@ class StatePlan:
     bytes: int
 
 
-def plan_state(
-    manifest: Manifest, max_length: int | None = None, slots: int = 1, free: int | None = None
-) -> StatePlan:
+def plan_state(manifest: Manifest, max_length: int | None = None, slots: int = 1, free: int | None = None) -> StatePlan:
     """Choose or check the state's size before anything is allocated.
 
     The default length is what the model's context and half of the free memory allow, at most 4,096. Raises
@@ -43,7 +39,9 @@ def plan_state(
         if max_length < 2:
             raise OutOfMemoryError(_too_much(per_token, slots, min(context, DEFAULT_MAX_LENGTH), free))
     if not 2 <= max_length <= context:
-        raise RequestError(f"max_length must lie between 2 and the package's context of {context} positions, and is {max_length}.")
+        raise RequestError(
+            f"max_length must lie between 2 and the package's context of {context} positions, and is {max_length}."
+        )
     plan = StatePlan(slots, max_length, per_token * slots * max_length)
     if plan.bytes > free:
         raise OutOfMemoryError(_too_much(per_token, slots, max_length, free))
@@ -75,14 +73,18 @@ class StatePool:
         self._buffers: list[np.ndarray] = []
         for tensor in self.tensors:
             if tensor.layout != "in_place":
-                raise PackageError(f"The package keeps state of layout {tensor.layout!r}, which this llmx does not know; upgrade llmx.")
+                raise PackageError(
+                    f"The package keeps state of layout {tensor.layout!r}, which this llmx does not know; upgrade llmx."
+                )
             sizes = {"slots": plan.slots, "max_length": plan.max_length}
             shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
             try:
                 # zeroed pages cost no memory until they are written
                 self._buffers.append(np.zeros(shape, numpy_dtype(tensor.dtype)))
             except MemoryError:
-                raise OutOfMemoryError(f"The state of {plan.bytes / 1e9:.2f} GB could not be allocated; lower max_length or slots.") from None
+                raise OutOfMemoryError(
+                    f"The state of {plan.bytes / 1e9:.2f} GB could not be allocated; lower max_length or slots."
+                ) from None
 
     def rows(self, first: int, count: int) -> list[np.ndarray]:
         """Views of slots `first` to `first + count - 1`, in the order of `tensors`."""

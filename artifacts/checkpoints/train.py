@@ -70,7 +70,9 @@ def train_tokenizer(text: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([text], trainer)
     return tokenizer
 
@@ -130,12 +132,16 @@ def held_out_loss(model: Any, ids: torch.Tensor, device: str) -> float:
     total = 0.0
     for start in range(0, rows, 32):
         logits = model(input_ids=x[start : start + 32], use_cache=False).logits.float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[start : start + 32].flatten(), reduction="sum"))
+        total += float(
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), y[start : start + 32].flatten(), reduction="sum")
+        )
     model.train()
     return total / (rows * WINDOW)
 
 
-def train(args: argparse.Namespace, model: Any, train_ids: torch.Tensor, val_ids: torch.Tensor) -> tuple[Any, list[dict[str, float]]]:
+def train(
+    args: argparse.Namespace, model: Any, train_ids: torch.Tensor, val_ids: torch.Tensor
+) -> tuple[Any, list[dict[str, float]]]:
     """AdamW with a cosine schedule; returns the weights with the lowest held-out loss, and the curve."""
     device = args.device
     model.to(device).train()
@@ -143,7 +149,10 @@ def train(args: argparse.Namespace, model: Any, train_ids: torch.Tensor, val_ids
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.95), fused=device == "cuda"
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.95),
+        fused=device == "cuda",
     )
     data = train_ids.to(device)
     generator = torch.Generator().manual_seed(args.seed)
@@ -166,7 +175,10 @@ def train(args: argparse.Namespace, model: Any, train_ids: torch.Tensor, val_ids
         if step % args.every == 0 or step == args.steps:
             running, val = float(loss.detach()), held_out_loss(model, val_ids, device)
             curve.append({"step": step, "train": round(running, 4), "held_out": round(val, 4)})
-            print(f"step {step}/{args.steps}  train {running:.3f}  held-out {val:.3f}  {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{args.steps}  train {running:.3f}  held-out {val:.3f}  {time.time() - started:.0f} s",
+                flush=True,
+            )
             if val < best_loss:
                 best_loss, best = val, copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
@@ -181,11 +193,25 @@ def save(model: Any, tokenizer: Any, output: Path) -> None:
     model = copy.deepcopy(model).to("cpu", torch.float16)
     model.config.dtype = torch.float16
     model.generation_config = GenerationConfig(
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, do_sample=True, temperature=0.8, top_p=0.95, top_k=50, max_new_tokens=256
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        top_k=50,
+        max_new_tokens=256,
     )
     model.save_pretrained(output)
     tokenizer.save(str(output / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END, "model_max_length": CONTEXT, "clean_up_tokenization_spaces": False}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": CONTEXT,
+        "clean_up_tokenization_spaces": False,
+    }
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (output / "chat_template.jinja").write_text(TEMPLATE)
 
@@ -220,7 +246,9 @@ def main() -> None:
     train_ids, val_ids = encode(tokenizer, train_text, rng), encode(tokenizer, val_text, rng)
     model = build(args.size)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{args.size}: {count:,} parameters, {len(train_ids):,} training tokens, {len(val_ids):,} held out", flush=True)
+    print(
+        f"{args.size}: {count:,} parameters, {len(train_ids):,} training tokens, {len(val_ids):,} held out", flush=True
+    )
     started = time.time()
     model, curve = train(args, model, train_ids, val_ids)
     save(model, tokenizer, args.output)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-
 from llmx.cli import main
 
 
@@ -77,7 +76,6 @@ def test_inspect(demo: Path) -> None:
 
 def test_operator_counts_equal_onnx(demo: Path) -> None:
     import onnx
-
     from llmx.cli.inspect import operators
 
     graph = onnx.load(demo / "prefill.onnx", load_external_data=False).graph
@@ -287,8 +285,26 @@ def test_missing_libraries_are_named_with_their_fix(demo: Path, demo_checkpoint:
 def test_ctrl_c_stops_cleanly(demo: Path) -> None:
     import signal
 
-    command = [sys.executable, "-m", "llmx.cli", "run", "--onnx", str(demo), "--prompt", "ROMEO:", "--ignore-eos", "-n", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    command = [
+        sys.executable,
+        "-m",
+        "llmx.cli",
+        "run",
+        "--onnx",
+        str(demo),
+        "--prompt",
+        "ROMEO:",
+        "--ignore-eos",
+        "-n",
+        "100000",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout is not None
     process.stdout.read(1)
     process.send_signal(signal.SIGINT)

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from zoo.models import greedy, make_model, save_checkpoint, write_tokenizer
-
 from llmx.export import ExportOptions, Reporter, export_model
 from llmx.runtime import LLM, SamplingParams, load_manifest
 from llmx.runtime.errors import CheckpointError, ExportError, LlmxError, UnsupportedModelError, VerificationError
 from llmx.runtime.manifest import MANIFEST_FILE, check_hashes
+from zoo.models import greedy, make_model, save_checkpoint, write_tokenizer
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
@@ -112,7 +111,9 @@ def test_adapter_is_merged(checkpoint: Callable[[str], Path], tmp_path: Path) ->
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
-    adapted = get_peft_model(make_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        make_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path / "lora")
     merged = adapted.merge_and_unload().eval()
     result = export(checkpoint("llama"), tmp_path / "out", adapter=tmp_path / "lora")
@@ -243,9 +244,20 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
 def test_encoders_are_refused(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-    small = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     save_checkpoint(BertForMaskedLM(BertConfig(**small)), tmp_path / "bert")
-    refuses(UnsupportedModelError, "neither causal nor a sliding window|encoder|past_key_values", tmp_path, tmp_path / "bert")
+    refuses(
+        UnsupportedModelError,
+        "neither causal nor a sliding window|encoder|past_key_values",
+        tmp_path,
+        tmp_path / "bert",
+    )
     t5 = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
     save_checkpoint(T5ForConditionalGeneration(t5), tmp_path / "t5")
     refuses(UnsupportedModelError, "encoder-decoder", tmp_path, tmp_path / "t5")
@@ -264,7 +276,9 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_quantized_checkpoints_are_refused(fresh: Path, tmp_path: Path) -> None:
     config = json.loads((fresh / "config.json").read_text())
-    (fresh / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (fresh / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     refuses(UnsupportedModelError, "gptq", tmp_path, fresh)
 
 
@@ -278,16 +292,25 @@ def test_float16_overflow_is_refused(tmp_path: Path) -> None:
 
 def test_remote_code_needs_permission(fresh: Path, tmp_path: Path) -> None:
     config = json.loads((fresh / "config.json").read_text())
-    (fresh / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+    (fresh / "config.json").write_text(
+        json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}})
+    )
     refuses(CheckpointError, "--trust-remote-code", tmp_path, fresh)
 
 
-def test_wrong_graphs_do_not_get_past_verification(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_graphs_do_not_get_past_verification(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lost sliding window: right for short prompts, wrong past it."""
     from llmx.export import attention
 
     monkeypatch.setattr(attention, "classify_mask", lambda *_: attention.MaskSpec(None))
-    refuses(VerificationError, r"disagree at row \d, prefill position \d+: logits differ by", tmp_path, checkpoint("mistral"))
+    refuses(
+        VerificationError,
+        r"disagree at row \d, prefill position \d+: logits differ by",
+        tmp_path,
+        checkpoint("mistral"),
+    )
 
 
 def test_existing_output(fresh: Path, tmp_path: Path) -> None:
@@ -354,14 +377,13 @@ def test_hub_checkpoints_load_through_the_cache(fresh: Path, tmp_path: Path, mon
 
 
 def test_masks_are_told_apart() -> None:
+    from llmx.export.attention import classify_mask
     from transformers.masking_utils import (
         bidirectional_mask_function,
         causal_mask_function,
         chunked_causal_mask_function,
         sliding_window_causal_mask_function,
     )
-
-    from llmx.export.attention import classify_mask
 
     assert classify_mask(causal_mask_function, None).window is None
     for window in (1, 2, 24, 4096):
@@ -397,12 +419,16 @@ def test_long_rotary_tables_are_left_in_the_graph(tmp_path: Path) -> None:
 
 def test_rms_norm_with_another_shape_is_left_alone() -> None:
     import onnx_ir as ir
-
     from llmx.export.fusions import RmsNorm
 
     def graph(axis: int, exponent: float) -> ir.Model:
         def constant(name: str, array: np.ndarray) -> ir.Value:
-            return ir.Value(name=name, const_value=ir.Tensor(array), shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType(1 if array.dtype.kind == "f" else 7)))
+            return ir.Value(
+                name=name,
+                const_value=ir.Tensor(array),
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType(1 if array.dtype.kind == "f" else 7)),
+            )
 
         x = ir.Value(name="x", shape=ir.Shape(["b", "s", 8]), type=ir.TensorType(ir.DataType.FLOAT))
         two, eps = constant("two", np.array(exponent, np.float32)), constant("eps", np.array(1e-5, np.float32))
@@ -416,7 +442,12 @@ def test_rms_norm_with_another_shape_is_left_alone() -> None:
         normed.outputs[0].dtype = ir.DataType.FLOAT
         scaled = ir.node("Mul", [normed.outputs[0], weight])
         nodes = [power, mean, add, root, reciprocal, normed, scaled]
-        return ir.Model(ir.Graph([x], [scaled.outputs[0]], nodes=nodes, initializers=[two, eps, axes, weight], opset_imports={"": 21}), ir_version=10)
+        return ir.Model(
+            ir.Graph(
+                [x], [scaled.outputs[0]], nodes=nodes, initializers=[two, eps, axes, weight], opset_imports={"": 21}
+            ),
+            ir_version=10,
+        )
 
     assert RmsNorm()(graph(-1, 2.0)).modified
     assert not RmsNorm()(graph(1, 2.0)).modified
@@ -426,17 +457,23 @@ def test_rms_norm_with_another_shape_is_left_alone() -> None:
 def test_uninitialised_parameters_are_hidden_from_passes() -> None:
     """A zero bias must not be dropped, nor equal parameters merged: their values are not there yet."""
     import onnx_ir as ir
-
     from llmx.export.passes import DeduplicateConstants, hidden_parameters
 
     def parameter(name: str) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.Tensor(np.zeros(4, np.float32)), shape=ir.Shape([4]), type=ir.TensorType(ir.DataType.FLOAT))
+        value = ir.Value(
+            name=name,
+            const_value=ir.Tensor(np.zeros(4, np.float32)),
+            shape=ir.Shape([4]),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
         value.metadata_props["pkg.torch.export.graph_signature.InputSpec.kind"] = "PARAMETER"
         return value
 
     left, right = parameter("left"), parameter("right")
     node = ir.node("Add", [left, right])
-    model = ir.Model(ir.Graph([], [node.outputs[0]], nodes=[node], initializers=[left, right], opset_imports={"": 21}), ir_version=10)
+    model = ir.Model(
+        ir.Graph([], [node.outputs[0]], nodes=[node], initializers=[left, right], opset_imports={"": 21}), ir_version=10
+    )
     with hidden_parameters(model):
         assert left.const_value is None
         assert not DeduplicateConstants()(model).modified

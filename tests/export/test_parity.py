@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from zoo.models import CORE, TINY, VOCAB, greedy, make_model
-
 from llmx.runtime import LLM, SamplingParams
+from zoo.models import CORE, TINY, VOCAB, greedy, make_model
 
 NEW_TOKENS = 48
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import models
-
 from llmx.runtime import ContextLengthError, LlmxError, RequestError, SamplingParams
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.scheduler import Request
 from llmx.runtime.tokenizer import Tokenizer
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models
 
 VOCAB = 32
 

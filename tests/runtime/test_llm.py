@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from llmx.runtime import LLM, AsyncLLM, ClosedError, ContextLengthError, OutOfMemoryError, RequestError, SamplingParams
 
 PROMPTS = ["ROMEO:", "JULIET:\nO", "First Citizen:\nBefore we proceed any further", "KING", "All:\n"]
@@ -77,7 +76,9 @@ def test_stop_strings_across_tokens(llm: LLM) -> None:
     [out] = llm.generate(PROMPTS[0], SamplingParams(max_tokens=24, temperature=0.0, stop=[stop]))
     assert out.outputs[0].text == text[: text.index(stop)]
     assert (out.outputs[0].finish_reason, out.outputs[0].stop_reason) == ("stop", stop)
-    streamed = "".join(p.text for p in llm.stream(PROMPTS[0], SamplingParams(max_tokens=24, temperature=0.0, stop=stop)))
+    streamed = "".join(
+        p.text for p in llm.stream(PROMPTS[0], SamplingParams(max_tokens=24, temperature=0.0, stop=stop))
+    )
     assert streamed == out.outputs[0].text
     kept = SamplingParams(max_tokens=24, temperature=0.0, stop=stop, include_stop_str_in_output=True)
     assert llm.generate(PROMPTS[0], kept)[0].outputs[0].text.endswith(stop)
@@ -136,7 +137,9 @@ def test_chat(llm: LLM) -> None:
 def test_score_equals_logprobs_of_generation(llm: LLM) -> None:
     [out] = llm.generate("ROMEO:", SamplingParams(max_tokens=8, temperature=0.0, logprobs=0, ignore_eos=True))
     scores = llm.score([*out.prompt_token_ids, *out.outputs[0].token_ids])[0]
-    generated = [entry[t].logprob for entry, t in zip(out.outputs[0].logprobs or [], out.outputs[0].token_ids, strict=True)]
+    generated = [
+        entry[t].logprob for entry, t in zip(out.outputs[0].logprobs or [], out.outputs[0].token_ids, strict=True)
+    ]
     assert scores[len(out.prompt_token_ids) - 1 :] == pytest.approx(generated, abs=1e-4)
     assert out.outputs[0].cumulative_logprob == pytest.approx(sum(generated))
     with pytest.raises(ContextLengthError):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from llmx.runtime.errors import LlmxError, RequestError
 from llmx.runtime.params import SamplingParams
 
@@ -18,12 +17,20 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("n", [0, -1, 257, 1.0, True, "1", None, NAN], "n must be a whole number from 1 to 256, and is"),
     ("max_tokens", [0, -5, 2.5, True, "9", 2**31, 10**5000, NAN], "max_tokens must be a whole number from 1 to"),
     ("min_tokens", [-1, 1.0, False, None, 2**31], "min_tokens must be a whole number from 0 to"),
-    ("temperature", [-0.01, NAN, INF, -INF, 101, True, "0.5", 1j, 10**400], "temperature must be a number from 0 to 100"),
+    (
+        "temperature",
+        [-0.01, NAN, INF, -INF, 101, True, "0.5", 1j, 10**400],
+        "temperature must be a number from 0 to 100",
+    ),
     ("top_k", [-2, 0.5, True, "5", 10**12, np.float32(3)], "top_k must be a whole number from -1 to"),
     ("top_p", [0, 0.0, -0.1, 1.0001, NAN, True, "1", [0.5]], "top_p must be a number above 0, up to 1, and is"),
     ("min_p", [-0.1, 1.5, NAN, False, "0"], "min_p must be a number from 0 to 1, and is"),
     ("seed", [-1, 2**64, 1.5, True, "7"], "seed must be a whole number from 0 to 18446744073709551615"),
-    ("stop", ["", [""], ["a", ""], ["a", 3], 5, b"x", {"a": 1}, ["x"] * 257], "stop must be a non-empty string or a list"),
+    (
+        "stop",
+        ["", [""], ["a", ""], ["a", 3], 5, b"x", {"a": 1}, ["x"] * 257],
+        "stop must be a non-empty string or a list",
+    ),
     ("stop_token_ids", [[-1], [1.5], [True], ["a"], [2**31]], "each of stop_token_ids must be a whole number from 0"),
     ("stop_token_ids", ["12", 7, None, {1: 2}], "stop_token_ids must be a list of token ids"),
     ("stop_token_ids", [range(257)], "stop_token_ids must list at most 256 token ids, and lists 257"),
@@ -37,7 +44,11 @@ BAD: list[tuple[str, list[Any], str]] = [
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [pytest.param(name, value, message, id=f"{name}-{n}") for name, values, message in BAD for n, value in enumerate(values)],
+    [
+        pytest.param(name, value, message, id=f"{name}-{n}")
+        for name, values, message in BAD
+        for n, value in enumerate(values)
+    ],
 )
 def test_refusals_name_the_field_and_its_range(name: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError) as caught:

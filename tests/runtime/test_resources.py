@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from llmx.runtime import LLM, OutOfMemoryError, ProviderError, RequestError, SamplingParams, load_manifest
 from llmx.runtime import mapped_cache as cache_module
 from llmx.runtime.machine import available_memory, cpu_fingerprint, cpu_quota, usable_cpus

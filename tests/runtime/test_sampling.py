@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
-
 from llmx.runtime import LlmxError, RequestError, SamplingParams
 from llmx.runtime import sampling as module
 from llmx.runtime.sampling import Candidates, Choice, choose, draw, filtered, keep_top_p, make_generator, sample
+from scipy import stats
 
 SETTINGS = [
     {"temperature": 1.0},
@@ -91,7 +90,11 @@ def test_distribution(options: dict[str, float]) -> None:
 def test_large_vocabulary_top_p() -> None:
     row = (np.random.default_rng(0).standard_normal(128_000) * 3).astype(np.float32)
     for top_p in (0.1, 0.6, 0.95):
-        np.testing.assert_allclose(kept(row, {"temperature": 1.0, "top_p": top_p}), reference(row, {"temperature": 1.0, "top_p": top_p}), atol=1e-6)
+        np.testing.assert_allclose(
+            kept(row, {"temperature": 1.0, "top_p": top_p}),
+            reference(row, {"temperature": 1.0, "top_p": top_p}),
+            atol=1e-6,
+        )
 
 
 def test_greedy_takes_the_first_of_ties() -> None:
@@ -171,7 +174,9 @@ def test_top_p_of_equal_logits_keeps_as_many_as_transformers(count: int) -> None
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 3.0, 9.0])
-def test_top_p_without_sorting_everything_equals_sorting_everything(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_p_without_sorting_everything_equals_sorting_everything(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = np.random.default_rng(5)
     rows = [(generator.standard_normal(20_000) * scale).astype(np.float32) for _ in range(3)]
     rows.append(np.round(rows[0], 1))  # ties, also at the border of the head

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
 from llmx.runtime import PackageError, RequestError
 from llmx.runtime.chat import ChatTemplate
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT = "The sea is wide. Ünïcode 世界 🌍🚀 naïve café — and the ship… they said: “go!”\n\tНет, да."
 
@@ -23,7 +22,12 @@ def byte_level() -> RawTokenizer:
     tokenizer = RawTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator([TEXT] * 3, trainer)
     return tokenizer
 
@@ -35,7 +39,9 @@ def byte_fallback() -> RawTokenizer:
         vocab.setdefault(piece, len(vocab))
     tokenizer = RawTokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return tokenizer
 
 
@@ -143,7 +149,11 @@ def test_chat_equals_transformers(style: str, add_generation_prompt: bool) -> No
     reference = PreTrainedTokenizerFast(tokenizer_object=byte_level(), bos_token="<s>", eos_token="</s>")
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"a": "<é>"}}}] if style == "tools" else None
     expected = reference.apply_chat_template(
-        MESSAGES, chat_template=TEMPLATES[style], tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        MESSAGES,
+        chat_template=TEMPLATES[style],
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
     )
     template = ChatTemplate(TEMPLATES[style], {"bos_token": "<s>", "eos_token": "</s>"})
     assert template.render(MESSAGES, add_generation_prompt=add_generation_prompt, tools=tools) == expected

@@ -17,7 +17,15 @@ _COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0,
     "pad_token_id": 0,
 }  # fmt: skip
-_GPT2 = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 3, "n_head": 3, "n_positions": 512, "bos_token_id": 0, "eos_token_id": 0}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": 48,
+    "n_layer": 3,
+    "n_head": 3,
+    "n_positions": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 #: name -> config fields; `model_type` is the name's part before "-".
 TINY: dict[str, dict[str, Any]] = {

@@ -1,0 +1,49 @@
+# Everything runs in .venv; `make demo` and `make test` need nothing but Python >= 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test test-all lint coverage bench docs clean
+
+setup: $(STAMP)
+
+# torch first and alone: the constraint pins the version that everything is tested with.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("llmx needs Python 3.11 or newer; set PYTHON=python3.11 (this is %s)" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,export,dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/llmx export --model artifacts/checkpoints/demo --force
+	$(BIN)/llmx run --onnx artifacts/demo --prompt "ROMEO:" --seed 4
+
+test: setup
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -q -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage: setup
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term
+
+# The peers' environments (llama.cpp compiles for some minutes), then every benchmark on the 135M shape.
+bench: setup
+	test -d .peers || $(BIN)/python benchmarks/peers.py setup
+	$(BIN)/python benchmarks/decode.py --shape smollm2-135m
+	$(BIN)/python benchmarks/export.py --shape smollm2-135m
+	$(BIN)/python benchmarks/memory.py --shape smollm2-135m
+
+docs: setup
+	$(BIN)/python -m pip install --quiet mkdocs-material
+	$(BIN)/mkdocs build --strict --site-dir site
+
+clean:
+	rm -rf .venv build dist site *.egg-info
