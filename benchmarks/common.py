@@ -91,10 +91,10 @@ def folder_bytes(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def memory_fields(pid: int | str = "self") -> dict[str, int]:
+def memory_fields(pid: int | str = "self", files: tuple[str, ...] = ("smaps_rollup", "status")) -> dict[str, int]:
     """Bytes: what /proc says of a process's memory, smaps_rollup and the status file's peaks together."""
     fields = {}
-    for name in ("smaps_rollup", "status"):
+    for name in files:
         for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
             key, _, rest = line.partition(":")
             words = rest.split()
@@ -150,6 +150,11 @@ def summary(values: list[float]) -> dict[str, Any]:
         "max": rounded(max(values)),
         "values": [rounded(value) for value in values],
     }
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Tokens before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def rounded(value: float) -> float:

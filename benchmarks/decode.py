@@ -1,115 +1,175 @@
 """Prefill and decode speed beside the peers: interleaved runs, medians, ratios.
 
-python benchmarks/decode.py --shape smollm2-135m
-python benchmarks/decode.py --shape llama-1b --repeats 3 --peers llama.cpp-f32
+Examples:
+    python benchmarks/decode.py --shape smollm2-135m
+    python benchmarks/decode.py --shape llama-1b --repeats 3 --peers llama.cpp-f32
+    python benchmarks/decode.py --checkpoint ./my-llama --peers llama.cpp-q8_0,llama.cpp-q4_0,onnxruntime-genai-int4
+
+Prefill: the prompt's tokens over the time to the first token. Decode: steps over their time, from the prompt's end on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
-import subprocess
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from common import WORK, add_model_arguments, checkpoint_for, print_table, summary, write_results
-from peers import DEFAULT, model_for, python_of
+import psutil
+from common import (
+    add_model_arguments,
+    add_peers_argument,
+    checkpoint_for,
+    common_prefix,
+    fail,
+    folder_bytes,
+    machine,
+    make_parser,
+    parameter_count,
+    positive,
+    print_table,
+    rounded,
+    spread,
+    summary,
+    write_results,
+)
+from peers import DEFAULT, Peer, Worker, model_for, parse_peer
+
+NOISE = 0.05  # CPUs that others may use during a run before the reader is told
 
 
-class Worker:
-    """A peer's process. It answers one request at a time and sleeps between them."""
+def measured(worker: Worker, prompt: list[int], steps: int) -> dict[str, Any]:
+    """One run, and how many CPUs' worth of time went elsewhere meanwhile."""
+    process = psutil.Process(worker.pid)
+    start, busy, own = time.perf_counter(), _busy(), sum(process.cpu_times()[:2])
+    answer = worker.request(do="run", prompt=prompt, steps=steps)
+    wall = time.perf_counter() - start
+    elsewhere = (_busy() - busy) - (sum(process.cpu_times()[:2]) - own)
+    return {**answer, "other_cpus": max(0.0, elsewhere / wall)}
 
-    def __init__(self, peer: str, model: Path, threads: int, peers: Path) -> None:
-        engine = "llama.cpp" if peer.startswith("llama.cpp") else peer
-        command = [
-            python_of(engine, peers),
-            str(Path(__file__).with_name("worker.py")),
-            engine,
-            str(model),
-            str(threads),
-        ]
-        self.peer = peer
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self._answer()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.peer} stopped; run `python benchmarks/worker.py` by hand to see why.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+def _busy() -> float:
+    """Seconds that all CPUs together were not idle; stolen ones too, as they are not ours."""
+    times = psutil.cpu_times()
+    return float(sum(times[:8])) - times.idle - getattr(times, "iowait", 0.0)
 
-    def run(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
 
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+def run_all(args: argparse.Namespace, workers: list[Worker], vocab: int) -> dict[str, list[dict[str, Any]]]:
+    """Round robin, each round with a prompt of its own and another engine first; warm-up rounds are not kept."""
+    rng = random.Random(args.seed)
+    runs: dict[str, list[dict[str, Any]]] = {worker.peer.name: [] for worker in workers}
+    for round_number in range(args.warmup + args.repeats):
+        prompt = [rng.randrange(1, vocab) for _ in range(args.prompt)]
+        first = round_number % len(workers)
+        for worker in workers[first:] + workers[:first]:
+            answer = measured(worker, prompt, args.tokens)
+            print(
+                f"round {round_number + 1}, {worker.peer.name}: prefill {args.prompt / answer['prefill_s']:.1f}, "
+                f"decode {args.tokens / answer['decode_s']:.1f} tokens/s, {answer['other_cpus']:.2f} CPUs busy elsewhere"
+                + (" (warm-up)" if round_number < args.warmup else ""),
+                file=sys.stderr,
+            )
+            if round_number >= args.warmup:
+                runs[worker.peer.name].append(answer)
+    return runs
+
+
+def evaluate(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]], subject: str) -> dict[str, Any]:
+    """Statistics of each engine, and llmx's ratio to it: of the medians, and its range over the rounds."""
+    speeds = {
+        name: {
+            "prefill_tokens_per_s": [args.prompt / run["prefill_s"] for run in rounds],
+            "decode_tokens_per_s": [args.tokens / run["decode_s"] for run in rounds],
+        }
+        for name, rounds in runs.items()
+    }
+    results: dict[str, Any] = {}
+    for name, rounds in runs.items():
+        result: dict[str, Any] = {"setting": rounds[-1]["setting"]}
+        for key, values in speeds[name].items():
+            ours = speeds[subject][key]
+            ratios = [a / b for a, b in zip(ours, values, strict=True)]
+            result[key] = {
+                **summary(values),
+                "llmx_ratio": rounded(statistics.median(ours) / statistics.median(values)),
+                "llmx_ratio_range": [rounded(min(ratios)), rounded(max(ratios))],
+            }
+        pairs = zip(rounds, runs[subject], strict=True)
+        result["tokens_equal_to_llmx"] = [common_prefix(run["tokens"], ours["tokens"]) for run, ours in pairs]
+        result["other_cpus"] = rounded(statistics.median(run["other_cpus"] for run in rounds))
+        results[name] = result
+    return results
+
+
+def report(args: argparse.Namespace, checkpoint: Path, results: dict[str, Any], subject: str) -> None:
+    rows = []
+    for name, result in results.items():
+        cells = [name]
+        for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            stats = result[key]
+            low, high = stats["llmx_ratio_range"]
+            ratio = "" if name == subject else f"{stats['llmx_ratio']:.2f} ({low:.2f}–{high:.2f})"
+            cells += [spread(stats), ratio]
+        equal = "" if name == subject else f"{min(result['tokens_equal_to_llmx'])} of {args.tokens + 1}"
+        rows.append([*cells, equal])
+    title = (
+        f"{checkpoint.name}: prompt {args.prompt}, {args.tokens} steps, {args.threads} threads, {args.repeats} rounds; "
+        "tokens/s, median (range)"
+    )
+    print_table(title, ["engine", "prefill", "llmx ÷ it", "decode", "llmx ÷ it", "equal tokens"], rows)
+    noise = max(result["other_cpus"] for result in results.values())
+    if noise > NOISE:
+        print(f"Other processes used {noise:.2f} CPUs during these runs: measure again on a quiet machine.")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--peers", default="llama.cpp-f32,onnxruntime-genai,transformers")
-    parser.add_argument("--peers-dir", type=Path, default=DEFAULT)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    add_peers_argument(parser)
+    parser.add_argument("--peers", default=DEFAULT, help=f"engines, by commas [default: {DEFAULT}]")
+    parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt [default: 512]")
+    parser.add_argument("--tokens", type=positive, default=128, help="decode steps [default: 128]")
+    parser.add_argument("--threads", type=positive, default=2, help="of every engine [default: 2]")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count [default: 5]")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before them [default: 1]")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts [default: 0]")
+    parser.add_argument("--rebuild", action="store_true", help="make every engine's model anew")
     args = parser.parse_args()
+    started = machine()
     checkpoint = checkpoint_for(args)
-    names = ["llmx", *(p for p in args.peers.split(",") if p)]
-    models = {name: model_for(name, checkpoint, WORK, args.peers_dir) for name in names}
-    workers = [Worker(name, models[name], args.threads, args.peers_dir) for name in names]
-    vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    rng = random.Random(0)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for repeat in range(args.repeats + 1):
-        prompt = [rng.randrange(1, vocab) for _ in range(args.prompt)]
-        for worker in workers:
-            answer = worker.run(prompt, args.tokens)
-            if repeat:  # the first round warms up
-                runs[worker.peer].append(answer)
+    subject = "llmx"
+    names = list(dict.fromkeys([subject, *(name for name in args.peers.split(",") if name)]))
+    peers = [parse_peer(name, args.dtype) for name in names]
+    models = {p.name: model_for(p, checkpoint, args.work, args.peers_dir, args.rebuild) for p in peers}
+    config = json.loads((checkpoint / "config.json").read_text())
+    context = -(-(args.prompt + args.tokens + 1) // 256) * 256
+    if context > config.get("max_position_embeddings", context):
+        fail(f"{checkpoint.name} has {config['max_position_embeddings']} positions; shorten --prompt or --tokens.")
+    with contextlib.ExitStack() as stack:
+
+        def start(peer: Peer) -> Worker:
+            worker = Worker(peer, models[peer.name], args.threads, context, args.work, args.peers_dir)
+            return stack.enter_context(contextlib.closing(worker))
+
+        workers = [start(peer) for peer in peers]
+        runs = run_all(args, workers, config["vocab_size"])
+    results = evaluate(args, runs, subject)
     for worker in workers:
-        worker.close()
-    report(args, checkpoint, names, runs)
-
-
-def report(args: argparse.Namespace, checkpoint: Path, names: list[str], runs: dict[str, list[dict[str, Any]]]) -> None:
-    results: dict[str, Any] = {}
-    for name in names:
-        prefill = summary([args.prompt / r["prefill_s"] for r in runs[name]])
-        decode = summary([(args.tokens - 1) / r["decode_s"] for r in runs[name]])
-        same = [
-            sum(a == b for a, b in zip(r["tokens"], q["tokens"], strict=True))
-            for r, q in zip(runs[name], runs["llmx"], strict=True)
-        ]
-        results[name] = {
-            "prefill_tokens_per_s": prefill,
-            "decode_tokens_per_s": decode,
-            "first_16_tokens_equal_to_llmx": same,
-        }
-    ours = results["llmx"]
-    rows = []
-    for name, r in results.items():
-        cells = [name]
-        for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            ratio = ours[key]["median"] / r[key]["median"]
-            r[key]["llmx_ratio"] = round(ratio, 3)
-            cells += [f"{r[key]['median']:.1f} ({r[key]['min']:.1f}–{r[key]['max']:.1f})", f"{ratio:.2f}×"]
-        rows.append(cells)
-    title = f"{checkpoint.name}, fp32, prompt {args.prompt}, {args.tokens} tokens, {args.threads} threads: tokens/s, median (range)"
-    print_table(title, ["engine", "prefill", "llmx/peer", "decode", "llmx/peer"], rows)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("json", "peers_dir", "checkpoint")}
-    write_results(args, f"decode-{checkpoint.name}", {"settings": settings, "engines": results})
+        name = worker.peer.name
+        facts = {"weights": worker.peer.kind, "model_bytes": folder_bytes(models[name]), "versions": worker.versions}
+        results[name] = {**facts, **results[name]}
+    report(args, checkpoint, results, subject)
+    wanted = ("prompt", "tokens", "threads", "repeats", "warmup", "seed", "dtype")
+    settings = {"model": checkpoint.name, "parameters": parameter_count(checkpoint), "context": context}
+    settings |= {key: getattr(args, key) for key in wanted}
+    write_results(
+        args.json, f"decode-{checkpoint.name}-{args.dtype}", started, {"settings": settings, "engines": results}
+    )
 
 
 if __name__ == "__main__":

@@ -1,136 +1,267 @@
-"""One engine in one process: reads a JSON line a request, answers with one. `decode.py` starts one for each peer.
+"""One engine in one process: reads a JSON line a request, answers with one. `peers.Worker` starts and drives it.
 
-    python benchmarks/worker.py ENGINE MODEL THREADS     engines: llmx, llama.cpp, onnxruntime-genai, transformers
+Example:
+    echo '{"do": "run", "prompt": [5, 6, 7], "steps": 8}' | python benchmarks/worker.py \\
+        '{"engine": "transformers", "model": "CHECKPOINT", "threads": 2, "context": 64, "dtype": "fp32"}'
 
-A request is {"prompt": [ids], "tokens": n}; the answer {"prefill_s", "decode_s", "tokens": [first ids]}. Prefill is the
-time to the first token's logits and choice, decode that of the remaining n - 1 steps, greedy. A worker sleeps on its
-input between requests, so that only one engine uses the CPU.
+Requests: {"do": "run", "prompt": [ids], "steps": n} is a greedy generation; its answer has `prefill_s`, the time from
+the prompt to the choice of the first token (the last position's logits included), `decode_s`, that of the n steps
+after it, and the tokens. {"do": "logits", "prompt": [ids]} answers with the last position's logits.
+
+Only the standard library is imported at the top: each engine lives in an environment of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
 
-Run = Callable[[list[int], int], tuple[float, float, list[int]]]
-
-
-def llmx(model: str, threads: int) -> Run:
-    from llmx.runtime import LLM, SamplingParams
-
-    llm = LLM(model, "cpu", threads=threads, max_length=1024, slots=1)
-
-    def run(prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
-        [out] = llm.generate([prompt], SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
-        m = out.metrics
-        return m.ttft, m.last_token - m.first_token, out.outputs[0].token_ids
-
-    return run
+Timed = tuple[float, float, list[int]]  # prefill seconds, decode seconds, tokens
+PACKAGES = {
+    "llmx": ("llmx", "onnxruntime", "numpy"),
+    "llama.cpp": ("llama_cpp_python", "numpy"),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime", "numpy"),
+    "transformers": ("transformers", "torch"),
+}
 
 
-def llama_cpp(model: str, threads: int) -> Run:
-    import ctypes
+class Engine(Protocol):
+    setting: str  # what the engine chose by itself, for the record
 
-    import llama_cpp
-    import numpy as np
+    def run(self, prompt: list[int], steps: int) -> Timed: ...
 
-    llm = llama_cpp.Llama(
-        model,
-        n_ctx=1024,
-        n_threads=threads,
-        n_threads_batch=threads,
-        n_batch=512,
-        n_ubatch=512,
-        flash_attn=True,
-        verbose=False,
-        logits_all=False,
-    )
-    vocab = llm.n_vocab()
+    def logits(self, prompt: list[int]) -> list[float]: ...
 
-    def best() -> int:
-        logits = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
-        return int(np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocab,)).argmax())
 
-    def run(prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
-        llm.reset()
-        llm._ctx.kv_cache_clear() if hasattr(llm._ctx, "kv_cache_clear") else None
-        llm.n_tokens = 0
+class Llmx:
+    def __init__(self, options: dict[str, Any]) -> None:
+        from llmx.runtime import LLM
+
+        self.llm = LLM(
+            options["model"],
+            device="cpu",
+            threads=options["threads"],
+            max_length=options["context"],
+            slots=1,
+            cache_dir=options.get("cache"),
+        )
+        self.setting = f"prefill_chunk={self.llm.prefill_chunk}"
+
+    def run(self, prompt: list[int], steps: int) -> Timed:
+        from llmx.runtime import SamplingParams
+
+        params = SamplingParams(max_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+        [out] = self.llm.generate([prompt], params)
+        metrics = out.metrics
+        return metrics.ttft, metrics.last_token - metrics.first_token, list(out.outputs[0].token_ids)
+
+    def logits(self, prompt: list[int]) -> list[float]:
+        import numpy as np
+
+        logits = self.llm.backend.prefill(0, np.array(prompt, np.int64), 0, np.array([len(prompt) - 1], np.int64))
+        return [float(value) for value in logits[0]]
+
+
+class LlamaCpp:
+    """llama.cpp's C interface, a call for each step. With and without flash attention: the first run keeps the faster.
+
+    The key-value cache is llama.cpp's default (fp16) also where the weights are f32.
+    """
+
+    BATCH = 512
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self.api: Any = llama_cpp
+        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self._quiet, None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(
+            options["model"].encode(), llama_cpp.llama_model_default_params()
+        )
+        if not self.model:
+            sys.exit(f"llama.cpp cannot load {options['model']}.")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        kinds = {"off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED}
+        self.contexts = {name: self._context(options, kind) for name, kind in kinds.items()}
+        self.setting = f"n_ubatch={self.BATCH}, cache f16"
+
+    def _context(self, options: dict[str, Any], flash_attention: int) -> Any:
+        params = self.api.llama_context_default_params()
+        params.n_ctx = options["context"]
+        params.n_batch = params.n_ubatch = self.BATCH
+        params.n_threads = params.n_threads_batch = options["threads"]
+        params.flash_attn_type = flash_attention
+        context = self.api.llama_init_from_model(self.model, params)
+        if not context:
+            sys.exit("llama.cpp cannot make a context.")
+        return context
+
+    def _decode(self, context: Any, tokens: list[int]) -> Any:
+        """Run tokens after those before; the logits of the last, as an array over llama.cpp's memory."""
+        import numpy as np
+
+        for start in range(0, len(tokens), self.BATCH):
+            piece = tokens[start : start + self.BATCH]
+            array = (self.api.llama_token * len(piece))(*piece)
+            if self.api.llama_decode(context, self.api.llama_batch_get_one(array, len(piece))):
+                raise RuntimeError("llama_decode failed")
+        logits = self.api.llama_get_logits_ith(context, -1)
+        return np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self.vocab,))
+
+    def _clear(self, context: Any) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(context), True)
+
+    def _timed(self, context: Any, prompt: list[int], steps: int) -> Timed:
+        self._clear(context)
         start = time.perf_counter()
-        llm.eval(prompt)
-        out = [best()]
+        tokens = [int(self._decode(context, prompt).argmax())]
         middle = time.perf_counter()
-        for _ in range(tokens - 1):
-            llm.eval(out[-1:])
-            out.append(best())
-        return middle - start, time.perf_counter() - middle, out
+        for _ in range(steps):
+            tokens.append(int(self._decode(context, tokens[-1:]).argmax()))
+        return middle - start, time.perf_counter() - middle, tokens
 
-    return run
+    def _keep_faster(self, prompt: list[int], steps: int) -> None:
+        seconds: dict[str, float] = {}
+        for _ in range(2):
+            for name, context in self.contexts.items():
+                prefill, decode, _ = self._timed(context, prompt, steps)
+                seconds[name] = min(seconds.get(name, prefill + decode), prefill + decode)
+        best = min(seconds, key=lambda name: seconds[name])
+        for name in [name for name in self.contexts if name != best]:
+            self.api.llama_free(self.contexts.pop(name))
+        tried = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+        self.setting += f", flash attention {best} (tried {tried})"
+
+    def run(self, prompt: list[int], steps: int) -> Timed:
+        if len(self.contexts) > 1:
+            self._keep_faster(prompt, steps)
+        return self._timed(next(iter(self.contexts.values())), prompt, steps)
+
+    def logits(self, prompt: list[int]) -> list[float]:
+        context = next(iter(self.contexts.values()))
+        self._clear(context)
+        return [float(value) for value in self._decode(context, prompt)]
 
 
-def genai(model: str, threads: int) -> Run:
-    import numpy as np
-    import onnxruntime_genai as og
+class Genai:
+    def __init__(self, options: dict[str, Any]) -> None:
+        import onnxruntime_genai
 
-    config = og.Config(model)
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
-    loaded = og.Model(config)
+        self.api: Any = onnxruntime_genai
+        config = onnxruntime_genai.Config(options["model"])
+        session = {"intra_op_num_threads": options["threads"]}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self.model = onnxruntime_genai.Model(config)
+        self.context = options["context"]
+        self.setting = "builder's defaults"
 
-    def run(prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
-        params = og.GeneratorParams(loaded)
-        params.set_search_options(max_length=1024, min_length=len(prompt) + tokens, do_sample=False)
-        generator = og.Generator(loaded, params)
+    def _generator(self, shortest: int) -> Any:
+        params = self.api.GeneratorParams(self.model)
+        params.set_search_options(max_length=self.context, min_length=shortest, do_sample=False)
+        return self.api.Generator(self.model, params)
+
+    def run(self, prompt: list[int], steps: int) -> Timed:
+        import numpy as np
+
+        generator = self._generator(len(prompt) + steps + 1)  # so long the end token is not chosen
         start = time.perf_counter()
         generator.append_tokens(np.array([prompt], np.int32))
         generator.generate_next_token()
         middle = time.perf_counter()
-        for _ in range(tokens - 1):
+        for _ in range(steps):
             generator.generate_next_token()
         end = time.perf_counter()
-        return middle - start, end - middle, generator.get_sequence(0)[len(prompt) :].tolist()
+        return middle - start, end - middle, [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
-    return run
+    def logits(self, prompt: list[int]) -> list[float]:
+        import numpy as np
+
+        generator = self._generator(0)
+        generator.append_tokens(np.array([prompt], np.int32))
+        logits = np.asarray(generator.get_logits())
+        return [float(value) for value in logits.reshape(-1, logits.shape[-1])[-1]]
 
 
-def transformers(model: str, threads: int) -> Run:
-    import torch
-    from transformers import AutoModelForCausalLM
+class Transformers:
+    """Not compiled ("eager"), with the model's default attention and cache."""
 
-    torch.set_num_threads(threads)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    def __init__(self, options: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    @torch.no_grad()
-    def run(prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
+        torch.set_num_threads(options["threads"])
+        torch.set_grad_enabled(False)
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options["dtype"]]
+        self.torch: Any = torch
+        self.model: Any = AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype).eval()
+        self.setting = f"attention {self.model.config._attn_implementation}, not compiled"
+
+    def _step(self, tokens: list[int], past: Any) -> Any:
+        ids = self.torch.tensor([tokens])
+        return self.model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+
+    def run(self, prompt: list[int], steps: int) -> Timed:
         start = time.perf_counter()
-        out = loaded(input_ids=torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-        ids = [int(out.logits[0, -1].argmax())]
+        out = self._step(prompt, None)
+        tokens = [int(out.logits[0, -1].argmax())]
         middle = time.perf_counter()
-        for _ in range(tokens - 1):
-            out = loaded(input_ids=torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-            ids.append(int(out.logits[0, -1].argmax()))
-        return middle - start, time.perf_counter() - middle, ids
+        for _ in range(steps):
+            out = self._step(tokens[-1:], out.past_key_values)
+            tokens.append(int(out.logits[0, -1].argmax()))
+        return middle - start, time.perf_counter() - middle, tokens
 
-    return run
+    def logits(self, prompt: list[int]) -> list[float]:
+        return [float(value) for value in self._step(prompt, None).logits[0, -1].float()]
 
 
-ENGINES = {"llmx": llmx, "llama.cpp": llama_cpp, "onnxruntime-genai": genai, "transformers": transformers}
+ENGINES: dict[str, type[Engine]] = {
+    "llmx": Llmx,
+    "llama.cpp": LlamaCpp,
+    "onnxruntime-genai": Genai,
+    "transformers": Transformers,
+}
+
+
+def die_with_parent() -> None:
+    """On Linux, have the kernel end this process with its parent: stopped between requests, it could not see that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+
+
+def versions(engine: str) -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES[engine]:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def main() -> None:
-    engine, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    die_with_parent()
+    options = json.loads(sys.argv[1])
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
-    run = ENGINES[engine](model, threads)
-    print(json.dumps({"ready": True}), file=answers, flush=True)
+    engine = ENGINES[options["engine"]](options)
+
+    def answer(value: dict[str, Any]) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({"ready": True, "versions": versions(options["engine"])})
     for line in sys.stdin:
         request = json.loads(line)
-        prefill, decode, ids = run(request["prompt"], request["tokens"])
-        print(
-            json.dumps({"prefill_s": prefill, "decode_s": decode, "tokens": [int(i) for i in ids[:16]]}),
-            file=answers,
-            flush=True,
-        )
+        if request["do"] == "logits":
+            answer({"logits": engine.logits(request["prompt"])})
+            continue
+        prefill, decode, tokens = engine.run(request["prompt"], request["steps"])
+        answer({"prefill_s": prefill, "decode_s": decode, "tokens": tokens, "setting": engine.setting})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="DIR_OR_HUB_ID",
                 help="A package folder, or the hub id of a published package.",
             ),
-            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far)."),
             click.option(
                 "--max-length",
                 type=int,

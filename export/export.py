@@ -69,7 +69,8 @@ class Reporter:
 
 class _Stages:
     def __init__(self, reporter: Reporter) -> None:
-        self.reporter, self.seconds = reporter, {}  # type: Reporter, dict[str, float]
+        self.reporter = reporter
+        self.seconds: dict[str, float] = {}
         self._name, self._start = "", 0.0
 
     def begin(self, name: str) -> None:
@@ -89,55 +90,15 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
     Raises CheckpointError, UnsupportedModelError, VerificationError or ExportError; in each case nothing is left at the
     output.
     """
-    stages, warnings = _Stages(reporter or Reporter()), []  # type: _Stages, list[str]
+    stages = _Stages(reporter or Reporter())
+    warnings: list[str] = []
     stages.begin("load")
     target = _target(options.target)
     checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
     output = options.output or Path("artifacts") / checkpoint.short_name
     dtype = _dtype(options, target, checkpoint)
     with package_folder(output, options.force) as folder, torch.no_grad():
-        tokenizer = write_tokenizer(checkpoint, folder)
-        defaults, ignored = generation_defaults(checkpoint)
-        if ignored:
-            warnings.append(
-                f"generation_config sets {', '.join(ignored)}, which llmx does not apply; output may differ from transformers' default."
-            )
-        source = build_source(checkpoint, getattr(torch, dtype), options.adapter, warnings.append)
-        _check_vocabulary(source, folder, tokenizer.file)
-
-        stages.begin("trace")
-        layers = _explain(checkpoint, lambda: probe_layers(source.module))
-        context = _context_length(checkpoint, options.max_length)
-        traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
-
-        stages.begin("rewrite")
-        prefill, decode = both_graphs(traced, context)
-        vocab = int(prefill.graph.outputs[0].shape[2])  # type: ignore[index, arg-type]
-
-        stages.begin("write")
-        check_free_space(folder, int(weight_bytes([prefill, decode]) * 1.02))
-        write_graphs(folder, {"prefill.onnx": prefill, "decode.onnx": decode}, source, stages.reporter.advance)
-        numbers = [layer.layer for layer in layers]
-        manifest = Manifest(
-            family="decoder",
-            name=checkpoint.short_name,
-            target=target.name,
-            dtype=dtype,
-            model=ModelInfo(context, vocab, _hidden_size(source), len(layers), source.num_parameters),
-            graphs={
-                "prefill": describe_graph("prefill.onnx", prefill, numbers),
-                "decode": describe_graph("decode.onnx", decode, numbers),
-            },
-            state=_state(layers, dtype),
-            tokenizer=tokenizer,
-            generation=defaults,
-            source=_source_info(checkpoint, options, source),
-            created_by=_versions(),
-            verification=Verification("skipped", reason="not verified yet"),
-            files=hash_files(folder),
-            min_onnxruntime=target.min_onnxruntime,
-        )
-        del source, traced, prefill, decode
+        manifest = _write_package(folder, checkpoint, options, target, dtype, stages, warnings)
         stages.begin("verify")
         manifest = _verified(manifest, folder, checkpoint, options, stages.reporter)
         if manifest.verification.status == "skipped" and options.verify:
@@ -145,6 +106,60 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
         write_manifest(folder, manifest)
     stages.end()
     return ExportResult(output, manifest, stages.seconds, warnings)
+
+
+def _write_package(
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    target: Target,
+    dtype: str,
+    stages: _Stages,
+    warnings: list[str],
+) -> Manifest:
+    """Everything of the package but the manifest, which is returned. The model is released with this call's locals."""
+    tokenizer = write_tokenizer(checkpoint, folder)
+    defaults, ignored = generation_defaults(checkpoint)
+    if ignored:
+        warnings.append(
+            f"generation_config sets {', '.join(ignored)}, which llmx does not apply; "
+            "output may differ from transformers' default."
+        )
+    source = build_source(checkpoint, getattr(torch, dtype), options.adapter)
+    _check_vocabulary(source, folder, tokenizer.file)
+
+    stages.begin("trace")
+    layers = _explain(checkpoint, lambda: probe_layers(source.module))
+    context = _context_length(checkpoint, options.max_length)
+    traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
+
+    stages.begin("rewrite")
+    prefill, decode = both_graphs(traced, context)
+
+    stages.begin("write")
+    check_free_space(folder, int(weight_bytes([prefill, decode]) * 1.02))
+    write_graphs(folder, {"prefill.onnx": prefill, "decode.onnx": decode}, source, stages.reporter.advance)
+    numbers = [layer.layer for layer in layers]
+    vocab = int(prefill.graph.outputs[0].shape[2])
+    return Manifest(
+        family="decoder",
+        name=checkpoint.short_name,
+        target=target.name,
+        dtype=dtype,
+        model=ModelInfo(context, vocab, _hidden_size(source), len(layers), source.num_parameters),
+        graphs={
+            "prefill": describe_graph("prefill.onnx", prefill, numbers),
+            "decode": describe_graph("decode.onnx", decode, numbers),
+        },
+        state=_state(layers, dtype),
+        tokenizer=tokenizer,
+        generation=defaults,
+        source=_source_info(checkpoint, options, source),
+        created_by=_versions(),
+        verification=Verification("skipped", reason="not verified yet"),
+        files=hash_files(folder),
+        min_onnxruntime=target.min_onnxruntime,
+    )
 
 
 def _target(name: str) -> Target:
@@ -186,7 +201,7 @@ def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) ->
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
-    rows = source.module.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+    rows = source.module.get_input_embeddings().num_embeddings
     highest = max(tokens.values(), default=0)
     if highest >= rows:
         raise ExportError(
@@ -204,7 +219,7 @@ def _explain(checkpoint: Checkpoint, work: Callable[[], Any]) -> Any:
 
 
 def _hidden_size(source: SourceModel) -> int:
-    return int(source.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+    return int(source.module.get_input_embeddings().weight.shape[1])
 
 
 def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
@@ -247,9 +262,7 @@ def _verified(
 
     windows = sorted({t.window for t in manifest.state if t.window is not None})
     longest = min(manifest.model.context_length, 2048)
-    backend = open_backend(
-        folder, replace(manifest, target="cpu"), device="cpu", max_length=longest, slots=4, mapped_cache=False
-    )
+    backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)
     try:
         result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, reporter.advance)
     finally:

@@ -74,6 +74,7 @@ class RmsNorm(InPlacePass):
                 return False
             source, result = cast_in.inputs[0], cast_out.outputs[0]
         weight = other_input(scaled, result)
+        assert source is not None
         if weight is None or weight.shape is None or len(weight.shape) != 1 or weight.dtype != result.dtype:
             return False
         if source.shape is None or source.shape[-1] != weight.shape[0]:

@@ -156,8 +156,8 @@ def _rewrite_conversion(node: torch.fx.Node) -> None:
     source = node.args[0]
     dtype = _CONVERSIONS[node.target](node)
     value = node.meta["val"]
-    if dtype is None or source.meta["val"].dtype == value.dtype:  # type: ignore[union-attr]
-        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+    if dtype is None or source.meta["val"].dtype == value.dtype:
+        node.replace_all_uses_with(source)
         node.graph.erase_node(node)
         return
     node.target = torch.ops.aten._to_copy.default

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,11 @@ class StoredTensor:
 def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     """Little-endian bytes of `tensor` as `dtype`. Raises ExportError where a finite value overflows it."""
     converted = tensor.detach().to("cpu", dtype).contiguous()
-    if converted.dtype != tensor.dtype and converted.is_floating_point() and not torch.isfinite(converted).all():
-        if torch.isfinite(tensor).all():
-            raise ExportError(
-                f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32."
-            )
+    narrowed = converted.dtype != tensor.dtype and converted.is_floating_point()
+    if narrowed and not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
+        raise ExportError(
+            f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32."
+        )
     return converted.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -123,12 +123,7 @@ class SourceModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 
-def build_source(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    adapter: Path | None,
-    warn: Callable[[str], None],
-) -> SourceModel:
+def build_source(checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None) -> SourceModel:
     """Build the model for tracing, weights bound to the checkpoint where they can be, else loaded."""
     if adapter is None:
         module = _build_empty(checkpoint, dtype)

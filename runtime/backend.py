@@ -11,6 +11,8 @@ from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 from llmx.runtime.providers import Device, import_onnxruntime
 from llmx.runtime.state import StatePool
 
+_KEPT_PREFILL_STEPS = 8
+
 
 class Backend(Protocol):
     """A model with `slots` rows of state, each `max_length` positions long."""
@@ -57,25 +59,31 @@ class OrtBackend:
         self._device = device
         self._decode_steps: dict[int, _Step] = {}
         self._run_options = import_onnxruntime().RunOptions()
-        # One binding serves all prefills: its shapes change, so it is rebound each time.
-        self._prefill_graph = manifest.graphs["prefill"]
+        self._prefill_steps: dict[tuple[int, int, int], _Step] = {}
 
     def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
         count = len(token_ids)
         assert start >= 0 and start + count <= self.max_length and 0 <= slot < self.slots
-        asked = (
-            positions if len(positions) else np.zeros(1, np.int64)
-        )  # an empty axis is not worth a kernel's corner case
-        step = _Step(
-            self._sessions["prefill"], self._prefill_graph, self._state, slot, 1, count, len(asked), self.manifest
-        )
+        step = self._prefill_step(slot, count, len(positions))
         step.feed("input_ids", np.asarray(token_ids)[None])
         step.feed("position_ids", np.arange(start, start + count)[None])
-        step.feed("logits_positions", np.asarray(asked)[None])
+        step.feed("logits_positions", np.asarray(positions)[None])
         step.feed("seqlens_k", start + count - 1)
         step.feed("total_sequence_length", start + count)
         step.feed("query_seqlens", count)
-        return step.run(self._run_options)[0, : len(positions)]
+        return step.run(self._run_options)[0]
+
+    def _prefill_step(self, slot: int, count: int, asked: int) -> _Step:
+        """The bound call for this shape; the last few are kept, as chunks of one size follow each other."""
+        key = (slot, count, asked)
+        step = self._prefill_steps.pop(key, None)
+        if step is None:
+            graph = self.manifest.graphs["prefill"]
+            step = _Step(self._sessions["prefill"], graph, self._state, slot, 1, count, asked, self.manifest)
+            while len(self._prefill_steps) >= _KEPT_PREFILL_STEPS:
+                self._prefill_steps.pop(next(iter(self._prefill_steps)))
+        self._prefill_steps[key] = step  # most recently used last
+        return step
 
     def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         rows = len(token_ids)
@@ -98,6 +106,7 @@ class OrtBackend:
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""
         self._decode_steps.clear()
+        self._prefill_steps.clear()
         self._sessions.clear()
         self._state.close()
 

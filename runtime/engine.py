@@ -23,7 +23,7 @@ class Engine:
     `step` by one thread at a time.
     """
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 256) -> None:
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 192) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(backend.slots, prefill_chunk)

@@ -5,7 +5,7 @@
     │   └── FamilyError       the package is of a family that this call does not serve
     ├── RequestError          a request that cannot be served as asked (also a ValueError)
     │   └── ContextLengthError  the prompt does not fit the context
-    ├── EnvironmentError_     this machine lacks something: a provider, a library, memory
+    ├── MachineError          this machine lacks something: a provider, a library, memory
     │   ├── MissingDependencyError
     │   ├── ProviderError
     │   └── OutOfMemoryError
@@ -43,19 +43,19 @@ class ContextLengthError(RequestError):
     """The prompt does not fit the context."""
 
 
-class EnvironmentError_(LlmxError):  # noqa: N801 - the builtin of that name is an alias of OSError
+class MachineError(LlmxError):
     """Something that this machine lacks."""
 
 
-class MissingDependencyError(EnvironmentError_):
+class MissingDependencyError(MachineError):
     """A library is not installed; the message holds the command that installs it."""
 
 
-class ProviderError(EnvironmentError_):
+class ProviderError(MachineError):
     """An execution provider is not available."""
 
 
-class OutOfMemoryError(EnvironmentError_):
+class OutOfMemoryError(MachineError):
     """The requested state does not fit the free memory; computed before allocating."""
 
 

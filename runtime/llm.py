@@ -41,7 +41,7 @@ def open_backend(
     cache_dir: Path | None = None,
 ) -> OrtBackend:
     """Sessions and state of a package. Memory is checked before anything is allocated."""
-    resolved = resolve_device(device, manifest.target)
+    resolved = resolve_device(device)
     plan = plan_state(manifest, max_length, slots)
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
@@ -59,14 +59,14 @@ class LLM:
 
     Args:
         model: a package folder, or the hub id of a published package.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto" or "cpu"; "cuda" and "cuda:N" are refused until the CUDA runtime is there.
         max_length: positions (prompt and output) a request may take; None: what the model's context and half of the
             free memory allow, at most 4,096.
         slots: requests that run at the same time; more wait their turn.
         threads: CPU threads; None: the CPUs that the process may use.
         spin: let worker threads busy-wait between operators of a step (faster; False for shared machines).
         prefill_chunk: prompt tokens run at once; longer prompts take several steps, between which others decode.
-            256 was the fastest of 64 to 512 on a CPU (causal chunks skip work that one large chunk masks).
+            192 was the fastest of 64 to 512 on a CPU (causal chunks skip work that one large chunk masks).
         mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
 
     Raises PackageError, FamilyError, ProviderError, MissingDependencyError, OutOfMemoryError, RequestError.
@@ -82,7 +82,7 @@ class LLM:
         slots: int = 8,
         threads: int | None = None,
         spin: bool = True,
-        prefill_chunk: int = 256,
+        prefill_chunk: int = 192,
         mapped_cache: bool = True,
         cache_dir: str | Path | None = None,
     ) -> None:

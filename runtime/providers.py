@@ -11,16 +11,13 @@ from llmx.runtime.errors import MissingDependencyError, ProviderError, RequestEr
 
 @dataclass(frozen=True)
 class Device:
-    """Where graphs run: "cpu", or "cuda" with the card's index."""
+    """Where graphs run. "cpu" is the only kind so far; another comes with its state buffers and weights."""
 
     kind: str
-    index: int = 0
 
     @property
-    def providers(self) -> list[Any]:
+    def providers(self) -> list[str]:
         """onnxruntime's provider list."""
-        if self.kind == "cuda":
-            return [("CUDAExecutionProvider", {"device_id": str(self.index)}), "CPUExecutionProvider"]
         return ["CPUExecutionProvider"]
 
 
@@ -39,22 +36,20 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def resolve_device(device: str, target: str) -> Device:
-    """The device for `device` ("auto", "cpu", "cuda", "cuda:1") and a package built for `target`.
+def resolve_device(device: str) -> Device:
+    """The device for `device` ("auto", "cpu", "cuda", "cuda:1").
 
     Raises RequestError for another name, ProviderError where the provider is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is None:
         raise RequestError(f'device must be "auto", "cpu", "cuda" or "cuda:N", and is {device!r}.')
-    has_cuda = "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
-    if device == "auto":
-        return Device("cuda") if has_cuda and target == "cuda" else Device("cpu")
-    if device == "cpu":
+    providers = import_onnxruntime().get_available_providers()
+    if device in ("auto", "cpu"):
         return Device("cpu")
-    if not has_cuda:
+    if "CUDAExecutionProvider" not in providers:
         raise ProviderError(
             "This onnxruntime has no CUDA provider; install the GPU build: "
             'pip uninstall -y onnxruntime && pip install "llmx[gpu]" (`llmx doctor` shows what is there).'
         )
-    return Device("cuda", int(match.group(1) or 0))
+    raise ProviderError("llmx runs packages on the CPU so far; leave out --device, or use --device cpu.")

@@ -91,27 +91,29 @@ def keep_top_p(c: Candidates, p: float) -> Candidates:
     if p >= 1.0:
         return c
     weights = np.exp(c.logits - c.logits.max())
-    total = float(weights.sum(dtype=np.float64))
-    if len(weights) > 4 * _FIRST_CUT:
+    probs = weights / np.float32(weights.sum(dtype=np.float64))
+    total = float(probs.sum(dtype=np.float64))
+    if len(probs) > 4 * _FIRST_CUT:
         floor = np.partition(c.logits, -_FIRST_CUT)[-_FIRST_CUT]
         head = np.flatnonzero(c.logits >= floor)  # ties included: the rest is less likely than all of these
-        kept = _top_p_places(c.logits[head], weights[head], total, p)
+        kept = _top_p_places(c.logits[head], probs[head], total, p)
         if len(kept) < len(head):
             return c.take(head[kept])
-    return c.take(_top_p_places(c.logits, weights, total, p))
+    return c.take(_top_p_places(c.logits, probs, total, p))
 
 
-def _top_p_places(logits: np.ndarray, weights: np.ndarray, total: float, p: float) -> np.ndarray:
-    """Places, ascending, that top-p keeps of `logits` [k], the likeliest tokens of a row whose weights sum to `total`.
+def _top_p_places(logits: np.ndarray, probs: np.ndarray, total: float, p: float) -> np.ndarray:
+    """Places, ascending, that top-p keeps of `logits` [k], the likeliest tokens of a row whose `probs` sum to `total`.
 
     Where fewer than k are kept the answer is that for the whole row: the first token dropped has nothing but less
-    likely ones below it.
+    likely ones below it. `total` is 1 but for rounding, which decides where equal tokens reach p exactly.
     """
-    order = np.argsort(-logits, kind="stable")
-    above = np.cumsum(weights[order], dtype=np.float64)
-    above = np.concatenate(([0.0], above[:-1]))
-    count = np.count_nonzero((1.0 - above / total).astype(np.float32) > np.float32(1.0 - p))
-    return np.sort(order[: max(count, 1)])
+    above = np.concatenate(([0.0], np.cumsum(np.sort(probs)[:0:-1], dtype=np.float64)))
+    count = max(int(np.count_nonzero((total - above).astype(np.float32) > np.float32(1.0 - p))), 1)
+    last = np.partition(logits, -count)[-count]
+    equal = np.flatnonzero(logits == last)
+    more = np.flatnonzero(logits > last)
+    return np.sort(np.concatenate((more, equal[: count - len(more)])))
 
 
 def keep_min_p(c: Candidates, min_p: float) -> Candidates:

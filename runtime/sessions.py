@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmx.runtime.errors import PackageError, ProviderError
+from llmx.runtime.errors import PackageError
 from llmx.runtime.machine import usable_cpus
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.mapped_cache import MappedCache
@@ -42,8 +42,8 @@ def session_options(settings: SessionSettings) -> Any:
 def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: SessionSettings) -> dict[str, Any]:
     """One session for each graph of the manifest.
 
-    On the CPU large packages are opened from the mapped cache (llmx.runtime.mapped_cache), so that both graphs read one
-    copy of the weights; on CUDA both are given the same device tensors. Raises PackageError, ProviderError.
+    Large packages are opened from the mapped cache (llmx.runtime.mapped_cache), so that both graphs read one copy of the
+    weights. Raises PackageError.
     """
     ort = import_onnxruntime()
     _check_version(ort, manifest)
@@ -52,18 +52,7 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
-    sessions = {}
-    shared: Any = None
-    if device.kind == "cuda":
-        from llmx.runtime.cuda_weights import SharedWeights
-
-        shared = SharedWeights(folder, manifest, device)
-    for name, path in files.items():
-        options = session_options(settings)
-        if shared is not None:
-            shared.add_to(options, path)
-        sessions[name] = open_session(path, options, device)
-    return sessions
+    return {name: open_session(path, session_options(settings), device) for name, path in files.items()}
 
 
 def open_session(path: Path, options: Any, device: Device) -> Any:
@@ -74,10 +63,6 @@ def open_session(path: Path, options: Any, device: Device) -> Any:
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = " ".join(str(error).split())[:240]
         raise PackageError(f"onnxruntime {ort.__version__} cannot open {path}: {reason}") from None
-    if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise ProviderError(
-            "onnxruntime has a CUDA provider but could not start it (driver, CUDA or cuDNN missing?); see `llmx doctor`."
-        )
     return session
 
 

@@ -186,6 +186,6 @@ def test_logprobs() -> None:
     row = FakeBackend(1, 64, VOCAB).next_logits([1, 2]).astype(np.float64)
     logprobs = row - np.log(np.exp(row).sum())
     entry = request.sequences[0].logprobs[0]
-    assert [t for t in sorted(entry, key=lambda t: -entry[t].logprob)] == np.argsort(-row)[:3].tolist()
+    assert sorted(entry, key=lambda t: -entry[t].logprob) == np.argsort(-row)[:3].tolist()
     for token, info in entry.items():
         assert info.logprob == pytest.approx(logprobs[token], abs=1e-5)

@@ -24,8 +24,8 @@ SETTINGS = [
 ]
 
 
-def reference(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
-    """Probabilities [vocab] after transformers' warpers, in `generate`'s order."""
+def warped(row: np.ndarray, options: dict[str, float]) -> torch.Tensor:
+    """Scores [1, vocab] after transformers' warpers, in `generate`'s order."""
     from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = torch.tensor(row)[None]
@@ -36,7 +36,12 @@ def reference(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
         scores = TopPLogitsWarper(options["top_p"])(None, scores)
     if "min_p" in options:
         scores = MinPLogitsWarper(options["min_p"])(None, scores)
-    return torch.softmax(scores, -1)[0].numpy()
+    return scores
+
+
+def reference(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
+    """Probabilities [vocab] of `warped`."""
+    return torch.softmax(warped(row, options), -1)[0].numpy()
 
 
 def kept(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
@@ -160,7 +165,7 @@ def test_kept_sets_are_exactly_those_of_transformers(size: int, seed: int) -> No
         options |= {"top_p": float(generator.uniform(0.01, 0.995))} if generator.random() < 0.6 else {}
         options |= {"min_p": float(generator.uniform(0.001, 0.9))} if generator.random() < 0.5 else {}
         candidates = filtered(row, SamplingParams(**options).resolved({}))  # type: ignore[arg-type]
-        assert candidates.ids.tolist() == np.flatnonzero(reference(row, options)).tolist(), options
+        assert candidates.ids.tolist() == torch.isfinite(warped(row, options)[0]).nonzero()[:, 0].tolist(), options
 
 
 @pytest.mark.parametrize("count", [3, 7, 10, 64])
@@ -237,7 +242,7 @@ def test_a_draw_inverts_the_cumulative_distribution(size: int) -> None:
 
 
 def test_distribution_over_a_large_vocabulary() -> None:
-    row = (np.random.default_rng(8).standard_normal(128_256) * 1.5).astype(np.float32)
+    row = (np.random.default_rng(8).standard_normal(30_000) * 1.5).astype(np.float32)
     params, generator = SamplingParams(temperature=1.2).resolved({}), make_generator(77)
     draws = np.array([choose(row, params, generator).token for _ in range(20_000)])
     order = np.random.default_rng(0).integers(0, 50, len(row))  # 50 bins of tokens from everywhere
