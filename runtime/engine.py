@@ -12,7 +12,7 @@ from llmx.runtime.backend import Backend
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Choice, choose, make_generator
+from llmx.runtime.sampling import Choice, choose, make_generator, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -66,6 +66,8 @@ class Engine:
                     list(prompt_ids),
                 )
             )
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
         request.metrics.arrival = time.perf_counter()
         request.metrics.num_prompt_tokens = len(prompt_ids)
         with self._lock:
@@ -124,9 +126,13 @@ class Engine:
         sequence = plan.sequence
         assert sequence.slot is not None
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
-        asked = np.array([len(tokens) - 1] if plan.last else [], np.int64)
+        scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
+        asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
         logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked)
         sequence.num_cached = plan.end
+        if scored:
+            self._note_prompt_logprobs(sequence, logits, plan.start)
+            logits = logits[-1:]
         if plan.last:
             if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
                 sequence.request.prompt_logits = logits[0].copy()
@@ -186,11 +192,25 @@ class Engine:
     def _note_logprobs(self, sequence: Sequence, choice: Choice) -> list[dict[int, Logprob]] | None:
         if choice.logprob is None:
             return None
-        entry = {t: Logprob(p, rank, self.tokenizer.token(t)) for rank, (t, p) in enumerate(choice.top or [], 1)}
-        entry[choice.token] = Logprob(choice.logprob, choice.rank, self.tokenizer.token(choice.token))
+        entry = self._entry(choice)
         sequence.logprobs.append(entry)
         sequence.cumulative_logprob += choice.logprob
         return [entry]
+
+    def _note_prompt_logprobs(self, sequence: Sequence, logits: np.ndarray, start: int) -> None:
+        """Entries of the prompt's tokens start + 1 … from the logits [n, vocab] at start …; each position once."""
+        known, prompt = sequence.request.prompt_logprobs, sequence.request.prompt_ids
+        assert known is not None
+        for row, position in zip(logits, range(start + 1, len(prompt)), strict=False):
+            if position == len(known):  # a sibling that prefills again finds them there
+                values = np.ascontiguousarray(row, dtype=np.float32)
+                known.append(self._entry(with_logprobs(values, prompt[position], sequence.params.prompt_logprobs or 0)))
+
+    def _entry(self, choice: Choice) -> dict[int, Logprob]:
+        assert choice.logprob is not None
+        entry = {t: Logprob(p, rank, self.tokenizer.token(t)) for rank, (t, p) in enumerate(choice.top or [], 1)}
+        entry[choice.token] = Logprob(choice.logprob, choice.rank, self.tokenizer.token(choice.token))
+        return entry
 
     def _finish(
         self,

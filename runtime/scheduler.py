@@ -65,6 +65,7 @@ class Request:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     cancelled: bool = False
     error: BaseException | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -189,3 +190,21 @@ def test_logprobs() -> None:
     assert sorted(entry, key=lambda t: -entry[t].logprob) == np.argsort(-row)[:3].tolist()
     for token, info in entry.items():
         assert info.logprob == pytest.approx(logprobs[token], abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), chunk=st.integers(1, 7), n=st.integers(1, 3))
+def test_prompt_logprobs(prompt: list[int], chunk: int, n: int) -> None:
+    """Each prompt token's log-probability given those before it, whatever the chunks; the output is the same."""
+    engine, reference = make_engine(2, chunk), FakeBackend(1, 64, VOCAB)
+    request = engine.add(None, prompt, params(prompt_logprobs=2, n=n))
+    run(engine)
+    assert [s.output_ids for s in request.sequences] == [reference.greedy(prompt, 8)] * n
+    assert request.prompt_logprobs is not None and len(request.prompt_logprobs) == len(prompt)
+    assert request.prompt_logprobs[0] is None
+    for position in range(1, len(prompt)):
+        logits = reference.next_logits(prompt[:position]).astype(np.float64)
+        entry = request.prompt_logprobs[position]
+        assert entry is not None and {*entry} == {prompt[position], *np.argsort(-logits)[:2].tolist()}
+        expected = logits[prompt[position]] - np.log(np.exp(logits).sum())
+        assert entry[prompt[position]].logprob == pytest.approx(expected, abs=1e-5)
