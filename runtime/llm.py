@@ -352,7 +352,9 @@ def _output(request: Request) -> RequestOutput:
         )
         for s in request.sequences
     ]
-    return RequestOutput(request.id, request.prompt, request.prompt_ids, outputs, request.metrics, True, request.prompt_logprobs)
+    return RequestOutput(
+        request.id, request.prompt, request.prompt_ids, outputs, request.metrics, True, request.prompt_logprobs
+    )
 
 
 def _score(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:

@@ -261,6 +261,7 @@ class _WindowText:
         self._pending: list[int] = []
         self._run: codecs.IncrementalDecoder | None = None
         self._broken = False
+        self._broken_at = 0  # characters that `pending` had when the prompt ended, the last of them U+FFFD
         self._owed = 0  # bytes among `pending` that the prompt showed as U+FFFD
 
     def push(self, token_id: int) -> str:
@@ -283,6 +284,9 @@ class _WindowText:
 
     def begin_output(self) -> None:
         self._owed = self._pending_bytes() if self._incomplete() else 0
+        if self._lossy and self._pending:
+            text = self._tokenizer.decode_raw([*self._context, *self._pending], skip_special_tokens=False)
+            self._broken_at = len(text) - len(self._shown)
 
     def finish(self) -> str:
         text = self._end_run()
@@ -294,6 +298,9 @@ class _WindowText:
         if len(text) <= len(self._shown) or (self._lossy and not last and text.endswith(REPLACEMENT)):
             return ""
         new = text[len(self._shown) :]
+        if self._broken_at and (new[: self._broken_at].endswith(REPLACEMENT) or not new[self._broken_at :]):
+            new = new[self._broken_at :]  # the prompt showed these as broken, and nothing completed them
+        self._broken_at = 0
         self._advance(self._pending)
         return new
 

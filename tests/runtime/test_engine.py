@@ -193,7 +193,9 @@ def test_logprobs() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), chunk=st.integers(1, 7), n=st.integers(1, 3))
+@given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20), chunk=st.integers(1, 7), n=st.integers(1, 3)
+)
 def test_prompt_logprobs(prompt: list[int], chunk: int, n: int) -> None:
     """Each prompt token's log-probability given those before it, whatever the chunks; the output is the same."""
     engine, reference = make_engine(2, chunk), FakeBackend(1, 64, VOCAB)

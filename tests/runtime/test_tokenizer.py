@@ -127,8 +127,16 @@ CLEANED = ["unigram", "wordpiece", "wordpiece_cleanup", "no_decoder"]
 
 
 @cache
+def trained(name: str) -> str:
+    """A backend as JSON, trained once: trainers break ties differently each time."""
+    return str(BACKENDS[name]().to_str())
+
+
+@cache
 def make(name: str, clean: bool = False) -> Tokenizer:
-    return Tokenizer(BACKENDS[name](), TokenizerInfo(eos_token_ids=[1], clean_up_tokenization_spaces=clean))
+    return Tokenizer(
+        Backend.from_str(trained(name)), TokenizerInfo(eos_token_ids=[1], clean_up_tokenization_spaces=clean)
+    )
 
 
 def stream(
@@ -194,7 +202,9 @@ def tokens_of(name: str) -> st.SearchStrategy[list[int]]:
 def test_decode_and_encode_equal_transformers(name: str, clean: bool) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    reference = PreTrainedTokenizerFast(tokenizer_object=BACKENDS[name](), clean_up_tokenization_spaces=clean)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=Backend.from_str(trained(name)), clean_up_tokenization_spaces=clean
+    )
     tokenizer = make(name, clean)
     for text in [*CORPUS[:4], "", " a  b . c ", "<s>x</s> <tool call>", "a 's b n't ' c ' d"]:
         for add in (True, False):
@@ -292,6 +302,7 @@ def test_a_character_cut_by_the_prompt_belongs_to_the_output(name: str, data: st
     tokenizer = make(name)
     ids = tokenizer.encode(data.draw(st.text(min_size=1, max_size=12)) + "世🚀é", add_special_tokens=False)
     at = data.draw(st.integers(0, len(ids)))
+    assume(not shows_before_a_fault(tokenizer, ids[:at]))
     output = "".join(stream(tokenizer, ids[at:], ids[:at]))
     assert tokenizer.decode(ids[:at]).rstrip(REPLACEMENT) + output == tokenizer.decode(ids)
 
@@ -348,10 +359,10 @@ def test_broken_bytes_do_not_hold_back_what_follows() -> None:
 def test_the_first_word_after_a_prompt_keeps_its_space() -> None:
     for name in ("byte_level", "llama2", "gemma", "unigram", "wordpiece", "word_ends"):
         tokenizer = make(name)
-        prompt = tokenizer.encode("the sea", add_special_tokens=False)
         ids = tokenizer.encode("the sea is", add_special_tokens=False)
-        assert ids[: len(prompt)] == prompt
-        assert "".join(stream(tokenizer, ids[len(prompt) :], prompt)) == " is", name
+        prompt = next(ids[:at] for at in range(1, len(ids)) if tokenizer.decode(ids[:at]).strip() == "the sea")
+        shown = tokenizer.decode(prompt) + "".join(stream(tokenizer, ids[len(prompt) :], prompt))
+        assert shown.lstrip() == "the sea is", name
     tokenizer = make("llama2")
     start = tokenizer.encode("is", add_special_tokens=False)
     assert "".join(stream(tokenizer, start, [1])) == "is"  # a prompt of special tokens alone has no text
