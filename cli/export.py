@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import sys
 import time
@@ -43,6 +45,10 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
     _need_torch()
     from rich.console import Console
 
+    # Importing and exporting make millions of objects that live to the end: the collector would walk them in vain, and
+    # again at exit.
+    gc.disable()
+    atexit.register(gc.freeze)
     console = Console(stderr=True, quiet=as_json)
     with _progress(console) as reporter:
         from llmx.export.export import ExportOptions, export_model

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from llmx.export.attention import LayerState
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
+from llmx.export.lowering import uncollected
 from llmx.export.package import (
+    WEIGHTS_FILE,
     check_free_space,
     describe_graph,
     hash_files,
     package_folder,
-    weight_bytes,
     write_graphs,
     write_manifest,
 )
@@ -27,8 +28,9 @@ from llmx.export.tokenizer import generation_defaults, write_tokenizer
 from llmx.export.trace import probe_layers, state_names, trace
 from llmx.export.verify import verify
 from llmx.export.weights import SourceModel, build_source
+from llmx.export.writer import WeightsWriter
 from llmx.runtime.errors import ExportError, UnsupportedModelError
-from llmx.runtime.manifest import Manifest, ModelInfo, StateTensor, Verification
+from llmx.runtime.manifest import FileInfo, Manifest, ModelInfo, StateTensor, Verification
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -131,14 +133,14 @@ def _write_package(
     stages.begin("trace")
     layers = _explain(checkpoint, lambda: probe_layers(source.module))
     context = _context_length(checkpoint, options.max_length)
-    traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
-
-    stages.begin("rewrite")
-    prefill, decode = both_graphs(traced, context)
-
-    stages.begin("write")
-    check_free_space(folder, int(weight_bytes([prefill, decode]) * 1.02))
-    write_graphs(folder, {"prefill.onnx": prefill, "decode.onnx": decode}, source, stages.reporter.advance)
+    check_free_space(folder, int(source.num_bytes * 1.02))
+    with WeightsWriter(folder / WEIGHTS_FILE, source) as writer, uncollected():
+        traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
+        stages.begin("rewrite")
+        prefill, decode = both_graphs(traced, context)
+        stages.begin("write")
+        graphs = {"prefill.onnx": prefill, "decode.onnx": decode}
+        write_graphs(folder, graphs, writer, source, stages.reporter.advance)
     numbers = [layer.layer for layer in layers]
     vocab = int(prefill.graph.outputs[0].shape[2])
     return Manifest(
@@ -157,7 +159,7 @@ def _write_package(
         source=_source_info(checkpoint, options, source),
         created_by=_versions(),
         verification=Verification("skipped", reason="not verified yet"),
-        files=hash_files(folder),
+        files=hash_files(folder, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}),
         min_onnxruntime=target.min_onnxruntime,
     )
 

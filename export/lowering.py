@@ -1,10 +1,12 @@
 """A PyTorch module as an ONNX graph, lowered by `transformers.exporters`.
 
-The only module that touches transformers' experimental exporter API and torch.onnx internals. Two things are ours:
+The only module that touches transformers' experimental exporter API and torch.onnx internals. Three things are ours:
 
 - Decomposition re-traces the whole program, which is most of an export's time. Where every operator already has an
   ONNX lowering and none mutates its input, the re-trace would change nothing but `aten.to.*`; `_decompose` then rewrites
   those in place. Anything unknown goes the long way.
+- Type promotion re-runs every node under fake tensors to keep their shapes and dtypes; what it inserts leaves those of
+  later nodes as they are, so `_fast_promotion` re-runs only what it inserts.
 - `optimize=False`: onnxscript's optimiser is run by `llmx.export.passes`, with the rewrite rules that scale.
 """
 
@@ -21,8 +23,11 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from llmx.runtime.errors import UnsupportedModelError
+from torch import _prims_common
 from torch.fx import config as fx_config
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.onnx._internal.exporter import _decomp, _fx_passes
+from torch.onnx._internal.fx.passes import type_promotion
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 #: Both provider builds that llmx targets read this opset; the exporters' default is newer than the CUDA build.
@@ -37,7 +42,7 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
     Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
     """
     config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
-    with quiet(), _fast_decomposition(), _no_bookkeeping():
+    with quiet(), _fast_decomposition(), _fast_promotion(), _remembered_contiguity(), _no_bookkeeping():
         try:
             model, _ = OnnxExporter().export_program(module, inputs, config)
         except UnsupportedModelError:
@@ -106,19 +111,75 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_bookkeeping() -> Iterator[None]:
-    """No source line for each traced node, no garbage collection meanwhile: together a third of a trace's time.
-
-    A trace makes millions of objects that live until it ends, which the collector would walk again and again.
-    """
-    before, collecting = fx_config.do_not_emit_stack_traces, gc.isenabled()
+    """No source line for each traced node, and no Python source of each intermediate graph."""
+    before = fx_config.do_not_emit_stack_traces
     fx_config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True), uncollected():
+            yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a trace makes millions of objects that live until it ends, which the collector
+    would walk again and again.
+    """
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        fx_config.do_not_emit_stack_traces = before
         if collecting:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _remembered_contiguity() -> Iterator[None]:
+    """Answer "is it contiguous?" once for each symbolic shape and stride.
+
+    Tracers ask several times for each node, and each answer multiplies and compares symbols: a fifth of a trace's time.
+    Within one trace the answer for equal expressions is the same, and the guards of the first answer stand.
+    """
+    original = _prims_common.check_contiguous_sizes_strides
+    answers: dict[Any, bool] = {}
+
+    def key(numbers: Any) -> tuple[Any, ...]:
+        return tuple(number if isinstance(number, int) else number.node.expr for number in numbers)
+
+    def remembered(sizes: Any, strides: Any, false_if_dde: bool = False) -> bool:
+        asked = (key(sizes), key(strides), false_if_dde)
+        if asked not in answers:
+            answers[asked] = original(sizes, strides, false_if_dde)
+        return answers[asked]
+
+    _prims_common.check_contiguous_sizes_strides = remembered
+    try:
+        yield
+    finally:
+        _prims_common.check_contiguous_sizes_strides = original
+
+
+@contextlib.contextmanager
+def _fast_promotion() -> Iterator[None]:
+    interpreter = type_promotion._TypePromotionInterpreter
+    original = interpreter.run_node
+
+    def run_node(self: Any, node: torch.fx.Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return original(self, node)
+        with self._set_current_node(node):
+            rule = type_promotion.get_type_promotion_rule(node, self.type_promotion_table)
+            if rule is not None:
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    interpreter.run_node = run_node
+    try:
+        yield
+    finally:
+        interpreter.run_node = original
 
 
 @contextlib.contextmanager

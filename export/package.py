@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx_ir as ir
 from llmx.export.passes import is_parameter
 from llmx.export.trace import state_names
 from llmx.export.weights import SourceModel
+from llmx.export.writer import INLINE_BELOW, Progress, WeightsWriter
 from llmx.runtime.errors import ExportError
 from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, GraphInfo, Manifest, TensorInfo
 
 WEIGHTS_FILE = "weights.data"
-ALIGNMENT = 4096  # a page: the runtime maps tensors where they lie
-_INLINE_BELOW = 4096  # smaller tensors stay inside the graph files
 _PREFIX = "model."  # PrefillModule holds the model under this name
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 @contextlib.contextmanager
@@ -71,54 +66,40 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def weight_bytes(graphs: list[ir.Model]) -> int:
-    """Bytes of all tensors that the graphs share, each counted once."""
-    sizes = {}
-    for model in graphs:
-        for value in model.graph.initializers.values():
-            if value.const_value is not None:
-                sizes[value.name] = value.const_value.nbytes
-    return sum(sizes.values())
-
-
-def write_graphs(folder: Path, graphs: dict[str, ir.Model], source: SourceModel, progress: Progress) -> None:
-    """Write `weights.data` and one file per graph. Initializers with the same name are the same tensor."""
+def write_graphs(
+    folder: Path, graphs: dict[str, ir.Model], writer: WeightsWriter, source: SourceModel, progress: Progress
+) -> None:
+    """Finish `weights.data` and write one file per graph. Initializers with the same name are the same tensor."""
     parameters = source.parameters_by_name()
-    total = weight_bytes(list(graphs.values()))
-    written: dict[str, ir.ExternalTensor] = {}
-    done = 0
-    with (folder / WEIGHTS_FILE).open("wb") as file:
-        for model in graphs.values():
-            for value in model.graph.initializers.values():
-                tensor = value.const_value
-                if tensor is None or value.name is None:
-                    continue
-                bound = parameters.get(value.name.removeprefix(_PREFIX))
-                assert bound is not None or not is_parameter(value), value.name
-                if tensor.nbytes < _INLINE_BELOW:
-                    if bound is not None:  # its memory may be uninitialised: read the checkpoint's
-                        raw = b"".join(source.chunks(*bound))
-                        value.const_value = _inline(tensor, raw)
-                    continue
-                if value.name not in written:
-                    _pad(file)
-                    offset = file.tell()
-                    chunks = source.chunks(*bound) if bound is not None else iter([tensor.tobytes()])
-                    for chunk in chunks:
-                        file.write(chunk)
-                        done += len(chunk)
-                        progress(done, total)
-                    length = file.tell() - offset
-                    if length != tensor.nbytes:
-                        raise ExportError(
-                            f"{value.name} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph."
-                        )
-                    written[value.name] = ir.ExternalTensor(
-                        WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
-                    )
-                value.const_value = written[value.name]
-        file.flush()
-        os.fsync(file.fileno())
+    used: set[str] = set()
+    further: dict[str, ir.TensorProtocol] = {}
+    large: list[tuple[ir.Value, str]] = []
+    for model in graphs.values():
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or value.name is None:
+                continue
+            bound = parameters.get(value.name.removeprefix(_PREFIX))
+            assert bound is not None or not is_parameter(value), value.name
+            if tensor.nbytes < INLINE_BELOW:
+                if bound is not None:  # its memory may be uninitialised: read the checkpoint's
+                    value.const_value = _inline(tensor, b"".join(source.chunks(*bound)))
+                continue
+            if bound is not None:
+                used.add(bound[0])
+            else:
+                further[value.name] = tensor
+            large.append((value, bound[0] if bound is not None else value.name))
+    spans = writer.finish(used, {name: tensor.tobytes for name, tensor in further.items()}, progress)
+    for value, key in large:
+        tensor = value.const_value
+        assert tensor is not None and value.name is not None
+        offset, length = spans[key]
+        if length != tensor.nbytes:
+            raise ExportError(f"{key} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph.")
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+        )
     for name, model in graphs.items():
         _strip(model)
         ir.save(model, folder / name)
@@ -129,10 +110,6 @@ def _inline(tensor: ir.TensorProtocol, raw: bytes) -> ir.TensorProtocol:
 
     array = np.frombuffer(raw, dtype=tensor.dtype.numpy()).reshape(tensor.shape.numpy())
     return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
-
-
-def _pad(file: BinaryIO) -> None:
-    file.write(bytes(-file.tell() % ALIGNMENT))
 
 
 def _strip(model: ir.Model) -> None:
@@ -168,10 +145,13 @@ def dtype_name(dtype: ir.DataType) -> str:
     return {"FLOAT": "float32"}.get(dtype.name, dtype.name.lower())
 
 
-def hash_files(folder: Path) -> dict[str, FileInfo]:
-    """Size and sha256 of every file of the package but its manifest."""
+def hash_files(folder: Path, known: dict[str, FileInfo]) -> dict[str, FileInfo]:
+    """Size and sha256 of every file of the package but its manifest; `known` were hashed while they were written."""
     files = {}
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST_FILE):
+        if path.name in known:
+            files[path.name] = known[path.name]
+            continue
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files[path.name] = FileInfo(path.stat().st_size, digest)

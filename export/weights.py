@@ -39,7 +39,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[bytes]:
+    def chunks(self, dtype: torch.dtype) -> Iterator[bytearray | memoryview]:
         """The tensor's bytes as `dtype`, a few tens of megabytes at a time."""
         with self.file.open("rb", buffering=0) as file:
             done = 0
@@ -48,18 +48,23 @@ class StoredTensor:
                 if not raw:
                     raise CheckpointError(f"{self.file} ends before its tensors do; download it again.")
                 done += len(raw)
-                yield as_bytes(torch.frombuffer(raw, dtype=self.dtype), dtype)
+                yield raw if self.dtype == dtype else as_bytes(torch.frombuffer(raw, dtype=self.dtype), dtype)
 
 
-def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
     """Little-endian bytes of `tensor` as `dtype`. Raises ExportError where a finite value overflows it."""
     converted = tensor.detach().to("cpu", dtype).contiguous()
-    narrowed = converted.dtype != tensor.dtype and converted.is_floating_point()
-    if narrowed and not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
+    if _narrower(dtype, tensor.dtype) and not torch.isfinite(converted).all() and torch.isfinite(tensor).all():
         raise ExportError(
             f"a weight of {tensor.abs().max():.3g} overflows {str(dtype).removeprefix('torch.')}; export with --dtype bf16 or fp32."
         )
-    return converted.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return memoryview(converted.reshape(-1).view(torch.uint8).numpy())
+
+
+def _narrower(dtype: torch.dtype, source: torch.dtype) -> bool:
+    """Whether `dtype` cannot hold every finite value of `source`."""
+    both_float = dtype.is_floating_point and source.is_floating_point
+    return both_float and torch.finfo(dtype).max < torch.finfo(source).max
 
 
 def read_index(folder: Path) -> dict[str, StoredTensor]:
@@ -105,7 +110,7 @@ class SourceModel:
     module: torch.nn.Module
     stored: dict[str, StoredTensor]  # empty: the module holds its values
 
-    def chunks(self, name: str, tensor: torch.Tensor) -> Iterator[bytes]:
+    def chunks(self, name: str, tensor: torch.Tensor) -> Iterator[bytearray | memoryview]:
         """Bytes of parameter `name` in its own dtype."""
         if self.stored:
             yield from self.stored[name].chunks(tensor.dtype)
@@ -121,6 +126,10 @@ class SourceModel:
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
 
 
 def build_source(checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None) -> SourceModel:

@@ -342,7 +342,7 @@ def test_disk_full(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmx.export.package.os.fsync", full)
+    monkeypatch.setattr("llmx.export.writer.os.fsync", full)
     refuses(ExportError, "No space left on device", tmp_path, fresh)
 
 

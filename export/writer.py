@@ -1,0 +1,127 @@
+"""`weights.data`, written while the graphs are still being traced.
+
+Reading, converting, hashing and writing a checkpoint's tensors releases the interpreter lock, and tracing needs no
+values: a thread does the one beside the other. What no graph turns out to use is left out by writing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from llmx.export.weights import SourceModel
+from llmx.runtime.errors import ExportError
+
+ALIGNMENT = 4096  # a page: the runtime maps tensors where they lie
+INLINE_BELOW = 4096  # smaller tensors stay inside the graph files
+_MOST_UNUSED = 0.005  # of the file; more, and it is written again without
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Span = tuple[int, int]  # offset and length within the file
+
+
+class WeightsWriter:
+    """Owns `weights.data` from its first byte to its hash.
+
+    Entering starts a thread that writes every parameter of `source` that is large enough. `finish` waits for it, adds
+    further tensors and returns where each lies. Leaving the block early stops the thread. The caller leaves the
+    parameters alone meanwhile.
+    """
+
+    def __init__(self, path: Path, source: SourceModel) -> None:
+        self.path = path
+        self.sha256, self.size = "", 0
+        self._source = source
+        self._parameters = dict(source.module.named_parameters())
+        self._large = [n for n, p in self._parameters.items() if p.numel() * p.element_size() >= INLINE_BELOW]
+        self._total = sum(self._bytes(name) for name in self._large)
+        self._done = 0
+        self._spans: dict[str, Span] = {}
+        self._hash: Any = hashlib.sha256()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._file: Any = None
+        self._thread = threading.Thread(target=self._run, name="llmx-weights", daemon=True)
+
+    def __enter__(self) -> WeightsWriter:
+        self._file = self.path.open("wb")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._file.close()
+
+    def _bytes(self, name: str) -> int:
+        return self._parameters[name].numel() * self._parameters[name].element_size()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                self._write_parameters(self._large)
+            self._sync()
+        except BaseException as error:  # handed to whoever waits in finish()
+            self._error = error
+
+    def _write_parameters(self, names: Iterable[str]) -> None:
+        for name in names:
+            if self._stop.is_set():
+                return
+            start = self._start()
+            for chunk in self._source.chunks(name, self._parameters[name]):
+                self._append(chunk)
+            self._end(name, start, self._bytes(name))
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _start(self) -> int:
+        self._append(bytes(-self._file.tell() % ALIGNMENT))
+        return int(self._file.tell())
+
+    def _append(self, data: bytes | bytearray | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._done += len(data)
+
+    def _end(self, name: str, start: int, expected: int) -> None:
+        length = self._file.tell() - start
+        if length != expected:
+            raise ExportError(f"{name} has {length} bytes in the checkpoint and {expected} in the graph.")
+        self._spans[name] = (start, length)
+
+    def finish(self, used: set[str], further: dict[str, Callable[[], bytes]], progress: Progress) -> dict[str, Span]:
+        """Offset and length of every `used` parameter and `further` tensor (name -> its bytes), the file complete.
+
+        Raises what the thread raised: CheckpointError, ExportError or OSError.
+        """
+        while self._thread.is_alive():
+            progress(min(self._done, self._total), self._total)
+            self._thread.join(0.1)
+        if self._error is not None:
+            raise self._error
+        unused = sum(self._bytes(name) for name in self._large if name not in used)
+        if unused > _MOST_UNUSED * self._total:
+            self._file.seek(0)
+            self._file.truncate()
+            self._hash, self._spans = hashlib.sha256(), {}
+            self._write_parameters([name for name in self._large if name in used])
+        for name, read in further.items():
+            data = read()
+            start = self._start()
+            self._append(data)
+            self._end(name, start, len(data))
+        self._sync()
+        self.sha256, self.size = self._hash.hexdigest(), self._file.tell()
+        progress(self._total, self._total)
+        return self._spans
