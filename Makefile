@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all lint coverage bench docs clean
+.PHONY: setup demo test test-all lint coverage code-coverage bench docs clean
 
 setup: $(STAMP)
 
@@ -32,7 +32,11 @@ lint: setup
 	mkdir -p build/types/llmx && for p in export runtime cli; do ln -sfn ../../../$$p build/types/llmx/$$p; done
 	$(BIN)/mypy -p llmx.runtime -p llmx.export -p llmx.cli
 
+# Every architecture that transformers has: docs/coverage.md. Resumable; `sweep.py --again TYPE …` runs some once more.
 coverage: setup
+	$(BIN)/python tests/zoo/sweep.py
+
+code-coverage: setup
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term
 
 # The peers' environments (llama.cpp compiles for some minutes), then every benchmark on the 135M shape.

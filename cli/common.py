@@ -65,12 +65,12 @@ def sampling_params(options: dict[str, Any], **more: Any) -> SamplingParams:
     return SamplingParams(stop=list(options["stop"]), **{name: options[name] for name in names}, **more)
 
 
-def load(options: dict[str, Any], slots: int = 1) -> Any:
-    """The LLM of `model_options`, with a spinner on a terminal."""
+def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
+    """The LLM of `model_options`, with a spinner on a terminal. Raises FamilyError where it is to generate and cannot."""
     from llmx.runtime import LLM
 
     with status(f"Loading {options['onnx']}"):
-        return LLM(
+        llm = LLM(
             options["onnx"],
             options["device"],
             revision=options["revision"],
@@ -78,6 +78,9 @@ def load(options: dict[str, Any], slots: int = 1) -> Any:
             threads=options["threads"],
             slots=slots,
         )
+    if generate:
+        llm.need_generation()
+    return llm
 
 
 def status(text: str) -> Any:
@@ -110,3 +113,67 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             raise click.UsageError("Give a prompt: --prompt TEXT, --prompt-file FILE, or text on standard input.")
         prompt = sys.stdin.read()
     return prompt
+
+
+def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--onnx and how to load and run an encoder."""
+    for option in reversed(
+        [
+            click.option("--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or a hub id."),
+            click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far)."),
+            click.option("--threads", type=click.IntRange(1), help="CPU threads [default: what the process may use]."),
+            click.option("--revision", help="Revision of a hub id."),
+            click.option(
+                "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts run at once."
+            ),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--text and --text-file."""
+    file = click.Path(dir_okay=False, path_type=Path)
+    function = click.option("--text-file", type=file, help="A file with one text a line [default: standard input].")(
+        function
+    )
+    return click.option("--text", multiple=True, help="A text (may be given several times).")(function)
+
+
+def load_encoder(options: dict[str, Any]) -> Any:
+    """The LLM of `encoder_options`; its calls say which command fits another family."""
+    return load({**options, "max_length": None}, generate=False)
+
+
+def read_texts(text: tuple[str, ...], text_file: Path | None) -> list[str]:
+    """Texts from --text, or the non-empty lines of --text-file or standard input."""
+    if text and text_file is not None:
+        raise click.UsageError("Give --text or --text-file, not both.")
+    texts = list(text)
+    if not text:
+        if text_file is None and sys.stdin.isatty():
+            raise click.UsageError("Give a text: --text TEXT, --text-file FILE, or lines on standard input.")
+        try:
+            source = text_file.read_text(encoding="utf-8") if text_file is not None else sys.stdin.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"The text file {text_file} cannot be read as text: {error}.") from None
+        texts = [line for line in source.splitlines() if line.strip()]
+    if not texts or not all(t.strip() for t in texts):
+        raise click.UsageError("A text is empty; give at least one character.")
+    return texts
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on a terminal, tab-separated lines elsewhere."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

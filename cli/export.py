@@ -26,6 +26,18 @@ from llmx.runtime.errors import MissingDependencyError
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].",
 )
+@click.option(
+    "--task",
+    type=click.Choice(["auto", "generate", "embed", "classify", "token-classify", "fill-mask"]),
+    default="auto",
+    show_default=True,
+    help="What to export the model for [auto: what its files say].",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "lasttoken", "max", "mean_sqrt_len", "weightedmean"]),
+    help="How an embedding model makes one vector of its tokens' [default: modules.json, else mean].",
+)
 @click.option("--max-length", type=int, help="Shorten the context [default: the model's].")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA folder to merge in.")
@@ -34,12 +46,13 @@ from llmx.runtime.errors import MissingDependencyError
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(as_json: bool, no_verify: bool, **options: Any) -> None:
-    """Export a Hugging Face causal language model to a package of ONNX graphs, and verify it against PyTorch.
+    """Export a Hugging Face language model or encoder to a package of ONNX graphs, and verify it against PyTorch.
 
     \b
     Examples:
       llmx export --model artifacts/checkpoints/demo
       llmx export --model HuggingFaceTB/SmolLM2-135M --output artifacts/smollm2
+      llmx export --model sentence-transformers/all-MiniLM-L6-v2 --output artifacts/minilm
       llmx export --model ./llama --adapter ./lora --target cuda --dtype bf16
     """
     _need_torch()
@@ -80,7 +93,14 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
     click.echo(
         f"{result.path}: {manifest.model.parameters:,} parameters, {manifest.dtype}, {human_bytes(size)}, {seconds:.1f} s; {verdict}."
     )
-    click.echo(f'Run it: llmx run --onnx {result.path} --prompt "…"')
+    hints = {
+        "embed": "embed --onnx {} --text …",
+        "classify": "classify --onnx {} --text …",
+        "token-classify": "classify --onnx {} --text …",
+        "fill-mask": "fill-mask --onnx {} --text …",
+    }
+    task = manifest.encoder.task if manifest.encoder is not None else "generate"
+    click.echo("Run it: llmx " + hints.get(task, 'run --onnx {} --prompt "…"').format(result.path))
 
 
 def _need_torch() -> None:

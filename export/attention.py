@@ -64,6 +64,13 @@ class MaskSpec:
 
 
 @dataclass(frozen=True)
+class UnknownMask:
+    """A mask that the node cannot express. Refused where a layer attends with it: models also make masks they never use."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class LayerState:
     """Key and value state that one layer keeps. `head_dim` is the padded size that both tensors are stored with."""
 
@@ -152,7 +159,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: MaskSpec | None,
+    attention_mask: MaskSpec | UnknownMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -200,7 +207,7 @@ def _layer_state(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: MaskSpec | None,
+    mask: MaskSpec | UnknownMask | None,
     kwargs: dict[str, Any],
 ) -> LayerState:
     """What this call keeps, having checked that one GroupQueryAttention node can express the call."""
@@ -216,12 +223,17 @@ def _layer_state(
         )
     layer, written_key, written_value = recorder.pending
     recorder.pending = None
-    if key is not written_key or value is not written_value:
+    # What it attends to may be made of what it wrote (latent attention expands a compressed row): the attended rows are
+    # kept instead, which is the same as long as each row is made of its own token alone; verification tells.
+    rows = (query.shape[2], key.shape[2], value.shape[2], written_key.shape[-2], written_value.shape[-2])
+    if any(row != rows[0] for row in rows):
         raise UnsupportedModelError(
-            f"{where} attends to keys or values other than those it wrote to the cache (layer {layer})"
+            f"{where} attends to other positions than those it wrote to the cache (layer {layer})"
         )
     if layer in recorder.layers and recorder.steps is None:
         raise UnsupportedModelError(f"{where} writes layer {layer} of the cache twice in one pass")
+    if isinstance(mask, UnknownMask):
+        raise UnsupportedModelError(mask.reason)
     if not isinstance(mask, MaskSpec):
         raise UnsupportedModelError(f"{where} attends without one of transformers' causal masks (layer {layer})")
     head_dim = -(-max(key.shape[-1], value.shape[-1]) // 8) * 8  # the node wants multiples of 8; zeros change no score
@@ -266,10 +278,13 @@ def mask(
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
-) -> MaskSpec:
+) -> MaskSpec | UnknownMask:
     """transformers' mask builder interface: no tensor, only what the mask would say."""
     assert mask_function is not None
-    return classify_mask(mask_function, local_size)
+    try:
+        return classify_mask(mask_function, local_size)
+    except UnsupportedModelError as error:
+        return UnknownMask(str(error))
 
 
 def classify_mask(mask_function: Callable[..., Any], local_size: int | None) -> MaskSpec:

@@ -7,10 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmx.runtime.errors import CheckpointError, UnsupportedModelError
+from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 from llmx.runtime.hub import download, looks_like_hub_id
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*"]
+
+
+#: Task -> transformers' auto class. All but "generate" are exported as encoders.
+TASKS = {
+    "generate": "AutoModelForCausalLM",
+    "embed": "AutoModel",
+    "classify": "AutoModelForSequenceClassification",
+    "token-classify": "AutoModelForTokenClassification",
+    "fill-mask": "AutoModelForMaskedLM",
+}
 
 
 @dataclass(frozen=True)
@@ -22,14 +32,24 @@ class Checkpoint:
     revision: str | None
     config: Any  # transformers.PreTrainedConfig
     trust_remote_code: bool = False
+    task: str = "generate"
+
+    @property
+    def auto_class(self) -> Any:
+        """transformers' class that builds the model for the task."""
+        import transformers
+
+        return getattr(transformers, TASKS[self.task])
 
     @property
     def short_name(self) -> str:
         return self.name.rstrip("/").rpartition("/")[2]
 
 
-def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Find `model`, read its config and check that a causal language model can be built from it.
+def open_checkpoint(
+    model: str, revision: str | None = None, trust_remote_code: bool = False, task: str = "auto"
+) -> Checkpoint:
+    """Find `model`, read its config and find out (or check) which task it can be exported for.
 
     Raises CheckpointError (not there, not a checkpoint, no weights) or UnsupportedModelError (another family).
     """
@@ -53,7 +73,7 @@ def open_checkpoint(model: str, revision: str | None = None, trust_remote_code: 
     config = _read_config(folder, model, trust_remote_code)
     _check_config(config, model)
     _check_weights(folder, model)
-    return Checkpoint(folder, name, commit, config, trust_remote_code)
+    return Checkpoint(folder, name, commit, config, trust_remote_code, _task(config, folder, model, task))
 
 
 def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
@@ -81,8 +101,6 @@ def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
 
 
 def _check_config(config: Any, model: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     what = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown")
@@ -91,13 +109,52 @@ def _check_config(config: Any, model: str) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{model} ({what}) is an encoder-decoder; llmx exports decoder-only language models so far."
+            f"{model} ({what}) is an encoder-decoder; llmx exports decoder-only and encoder-only models so far."
         )
+
+
+def _task(config: Any, folder: Path, model: str, wanted: str) -> str:
+    """`wanted`, or for "auto" what the checkpoint's files say: sentence-transformers' modules.json, else its architecture.
+
+    Raises UnsupportedModelError where transformers has no model of that task for the config.
+    """
+    from transformers.models.auto import modeling_auto
+
+    architecture = (getattr(config, "architectures", None) or [""])[0]
     remote = getattr(config, "auto_map", None) or {}
-    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in remote:
+
+    def can(task: str) -> bool:
+        import transformers
+
+        return type(config) in getattr(transformers, TASKS[task])._model_mapping or TASKS[task] in remote
+
+    def named_in(mapping: str) -> bool:
+        names = getattr(modeling_auto, mapping).values()
+        return any(architecture in (name if isinstance(name, (tuple, list)) else (name,)) for name in names)
+
+    if wanted == "auto":
+        if (folder / "modules.json").is_file():
+            wanted = "embed"
+        elif named_in("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"):
+            wanted = "generate"
+        elif named_in("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"):
+            wanted = "classify"
+        elif named_in("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"):
+            wanted = "token-classify"
+        elif named_in("MODEL_FOR_MASKED_LM_MAPPING_NAMES"):
+            wanted = "fill-mask"
+        elif named_in("MODEL_MAPPING_NAMES") and (can("fill-mask") or not can("generate")):
+            wanted = "embed"
+        else:
+            wanted = "generate"
+    if wanted not in TASKS:
+        raise ExportError(f"There is no task {wanted!r}; choose auto or one of {', '.join(TASKS)}.")
+    if not can(wanted):
+        what = architecture or config.model_type
         raise UnsupportedModelError(
-            f"{model} ({what}) is not a causal language model, the only kind that llmx exports so far."
+            f"{model} ({what}) cannot be exported for {wanted}: transformers has no {TASKS[wanted]} for it."
         )
+    return wanted
 
 
 def _check_weights(folder: Path, model: str) -> None:

@@ -24,7 +24,7 @@ from llmx.export.package import (
 )
 from llmx.export.passes import both_graphs
 from llmx.export.targets import TARGETS, Target
-from llmx.export.tokenizer import generation_defaults, write_tokenizer
+from llmx.export.tokenizer import generation_defaults, load_tokenizer, write_tokenizer
 from llmx.export.trace import probe_layers, state_names, trace
 from llmx.export.verify import verify
 from llmx.export.weights import SourceModel, build_source
@@ -49,6 +49,8 @@ class ExportOptions:
     trust_remote_code: bool = False
     force: bool = False
     verify: bool = True
+    task: str = "auto"
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class _Stages:
 
 
 def export_model(options: ExportOptions, reporter: Reporter | None = None) -> ExportResult:
-    """Export a causal language model to a package and verify it against PyTorch.
+    """Export a causal language model or an encoder to a package and verify it against PyTorch.
 
     Raises CheckpointError, UnsupportedModelError, VerificationError or ExportError; in each case nothing is left at the
     output.
@@ -96,11 +98,18 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
     warnings: list[str] = []
     stages.begin("load")
     target = _target(options.target)
-    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code)
+    checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code, options.task)
+    if options.pooling is not None and checkpoint.task != "embed":
+        raise ExportError(
+            f"--pooling goes with embedding models, and this is exported for {checkpoint.task}; leave it out."
+        )
+    if options.max_length is not None and checkpoint.task != "generate":
+        raise ExportError("--max-length goes with models that generate; an encoder takes what it was trained for.")
     output = options.output or Path("artifacts") / checkpoint.short_name
     dtype = _dtype(options, target, checkpoint)
     with package_folder(output, options.force) as folder, torch.no_grad():
-        manifest = _write_package(folder, checkpoint, options, target, dtype, stages, warnings)
+        write = _write_package if checkpoint.task == "generate" else _write_encoder
+        manifest = write(folder, checkpoint, options, target, dtype, stages, warnings)
         stages.begin("verify")
         manifest = _verified(manifest, folder, checkpoint, options, stages.reporter)
         if manifest.verification.status == "skipped" and options.verify:
@@ -161,6 +170,68 @@ def _write_package(
         verification=Verification("skipped", reason="not verified yet"),
         files=hash_files(folder, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}),
         min_onnxruntime=target.min_onnxruntime,
+    )
+
+
+def _write_encoder(
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    target: Target,
+    dtype: str,
+    stages: _Stages,
+    warnings: list[str],
+) -> Manifest:
+    """An encoder's package but its manifest, which is returned."""
+    from llmx.export.encoder import build_module, describe_encoder, trace_encoder
+    from llmx.export.passes import encoder_graph
+
+    tokenizer = write_tokenizer(checkpoint, folder)
+    source = build_source(checkpoint, getattr(torch, dtype), options.adapter)
+    _check_vocabulary(source, folder, tokenizer.file)
+    stages.begin("trace")
+    module = _explain(
+        checkpoint, lambda: build_module(checkpoint, source.module, getattr(torch, dtype), options.pooling)
+    )
+    check_free_space(folder, int(source.num_bytes * 1.02))
+    with WeightsWriter(folder / WEIGHTS_FILE, source) as writer, uncollected():
+        traced = _explain(checkpoint, lambda: trace_encoder(module))
+        stages.begin("rewrite")
+        graph = encoder_graph(traced)
+        stages.begin("write")
+        write_graphs(folder, {"encoder.onnx": graph}, writer, source, stages.reporter.advance)
+    info = _explain(checkpoint, lambda: describe_encoder(checkpoint, module, graph, load_tokenizer(checkpoint)))
+    embeddings = source.module.get_input_embeddings()
+    layers = next(
+        (
+            v
+            for n in ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+            if (v := getattr(checkpoint.config, n, None))
+        ),
+        0,
+    )
+    return Manifest(
+        family="encoder",
+        name=checkpoint.short_name,
+        target=target.name,
+        dtype=dtype,
+        model=ModelInfo(
+            info.max_length,
+            embeddings.num_embeddings,
+            int(embeddings.weight.shape[1]),
+            int(layers),
+            source.num_parameters,
+        ),
+        graphs={"encoder": describe_graph("encoder.onnx", graph, [])},
+        state=[],
+        tokenizer=tokenizer,
+        generation={},
+        source=_source_info(checkpoint, options, source),
+        created_by=_versions(),
+        verification=Verification("skipped", reason="not verified yet"),
+        files=hash_files(folder, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}),
+        min_onnxruntime=target.min_onnxruntime,
+        encoder=info,
     )
 
 
@@ -260,8 +331,14 @@ def _verified(
     reason = "--no-verify was given" if not options.verify else cannot_verify(manifest)
     if reason is not None:
         return replace(manifest, verification=Verification("skipped", reason=reason))
-    from llmx.runtime.llm import open_backend
+    from llmx.runtime.llm import open_backend, open_encoder
 
+    if manifest.encoder is not None:
+        from llmx.export.encoder import verify_encoder
+
+        encoder = open_encoder(folder, manifest, device="cpu", mapped_cache=False)
+        checked = verify_encoder(encoder.run, checkpoint, manifest.dtype, options.pooling, manifest.encoder.max_length)
+        return replace(manifest, verification=checked)
     windows = sorted({t.window for t in manifest.state if t.window is not None})
     longest = min(manifest.model.context_length, 2048)
     backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)

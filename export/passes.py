@@ -198,6 +198,17 @@ def decode_passes() -> list[ir.passes.PassBase]:
     return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy()]
 
 
+def encoder_graph(traced: ir.Model) -> ir.Model:
+    """The one graph of an encoder, simplified and fused, from its trace. Consumes `traced`."""
+    outputs = [(value.name, value.shape) for value in traced.graph.outputs]
+    with hidden_parameters(traced):
+        passes = [InlinePass(), *_simplify(), *_tidy(), RmsNorm(), SkipRmsNorm(), RemoveUnusedNodesPass(), *_tidy()]
+        Sequential(*passes)(traced)
+    for value, (name, shape) in zip(traced.graph.outputs, outputs, strict=True):
+        value.name, value.shape = name, shape  # a fused node's output takes the place, not the name
+    return traced
+
+
 def both_graphs(traced: ir.Model, context_length: int) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
     with hidden_parameters(traced):

@@ -21,7 +21,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerInfo:
     settings of tokenizer_config.json to it, and converts the slow formats. Raises CheckpointError when there is no
     tokenizer and UnsupportedModelError when there is no way to convert it.
     """
-    tokenizer = _load(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(
@@ -46,7 +46,8 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerInfo:
     )
 
 
-def _load(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """transformers' tokenizer of the checkpoint. Raises CheckpointError where there is none that loads."""
     from transformers import AutoTokenizer
 
     known = (

@@ -134,6 +134,11 @@ def trace(model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool)
         dynamic[name] = {0: symbolic, 1: symbolic}
     dynamic["past"] = [(None, None)] * len(layers)
     graph_model = lower(PrefillModule(model, layers), inputs, dynamic)
+    if not any(value.uses() for value in graph_model.graph.inputs if value.name == "position_ids"):
+        # It would be right for whole prompts and wrong for everything after them.
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ignores position_ids: it counts positions by the length of its cache"
+        )
     _name_inputs_and_outputs(graph_model.graph, layers)
     return graph_model
 

@@ -20,7 +20,7 @@ import torch
 from llmx.export.attention import IMPLEMENTATION
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
-from llmx.runtime.errors import CheckpointError, ExportError
+from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -140,22 +140,35 @@ def build_source(checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | Non
         if stored is not None:
             return SourceModel(module, stored)
         del module
-    return SourceModel(load_model(checkpoint, dtype, adapter, IMPLEMENTATION), {})
+    module = load_model(checkpoint, dtype, adapter, _attention(checkpoint))
+    static_experts(module)
+    return SourceModel(module, {})
+
+
+def _attention(checkpoint: Checkpoint) -> str | None:
+    """Ours for decoders; for encoders, whose masks are tensors, what transformers chooses."""
+    return IMPLEMENTATION if checkpoint.task == "generate" else None
 
 
 def _build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with quiet(), no_init_weights(), _construction_errors(checkpoint):
-        module = AutoModelForCausalLM.from_config(
+        module = checkpoint.auto_class.from_config(
             checkpoint.config,
             dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
+            attn_implementation=_attention(checkpoint),
             trust_remote_code=checkpoint.trust_remote_code,
         )
         module.tie_weights()
+        static_experts(module)
     return module.eval()
+
+
+def static_experts(module: Any) -> None:
+    """Mixtures of experts by gathered matrices: the default loops over the experts that were hit, data-dependent."""
+    if hasattr(module, "set_experts_implementation") and module._can_set_experts_implementation():
+        module.set_experts_implementation("batched_mm")
 
 
 def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, StoredTensor] | None:
@@ -170,7 +183,7 @@ def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, 
     prefix = module.base_model_prefix + "."
     bound: dict[str, StoredTensor] = {}
     for name, parameter in module.named_parameters():
-        candidates = [name, name.removeprefix(prefix)]
+        candidates = [name, name.removeprefix(prefix), prefix + name]
         tensor = next((found[c] for c in candidates if c in found), None)
         if tensor is None or tensor.shape != tuple(parameter.shape):
             return None
@@ -180,16 +193,14 @@ def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, 
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None = None, attention: str = "eager"
+    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None = None, attention: str | None = "eager"
 ) -> torch.nn.Module:
     """The model as transformers loads it, with a LoRA adapter merged in when given.
 
     Raises CheckpointError where weights are missing or of another shape, or the adapter does not fit.
     """
-    from transformers import AutoModelForCausalLM
-
     with quiet(), _construction_errors(checkpoint):
-        module, report = AutoModelForCausalLM.from_pretrained(
+        module, report = checkpoint.auto_class.from_pretrained(
             checkpoint.path,
             config=checkpoint.config,
             dtype=dtype,
@@ -199,6 +210,8 @@ def load_model(
         )
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(str(name) for name in report.get(kind, ()))
+        if checkpoint.task == "embed":  # hidden states do not pass through it
+            names = [name for name in names if not name.startswith("pooler.")]
         if names:
             raise CheckpointError(
                 f"{checkpoint.name} lacks weights for {len(names)} of the model's parameters ({kind.replace('_', ' ')}: "
@@ -234,6 +247,13 @@ def _construction_errors(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except (CheckpointError, MemoryError):
         raise
+    except KeyError as error:
+        if error.args == (IMPLEMENTATION,):
+            raise UnsupportedModelError(
+                f"{checkpoint.config.model_type} cannot be exported: it does not use transformers' attention interface, "
+                "which the export traces through"
+            ) from None
+        raise CheckpointError(f"transformers cannot build {checkpoint.name}: {error!r}") from error
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"transformers cannot build {checkpoint.name}: {text[0][:240]}") from error

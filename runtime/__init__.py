@@ -8,6 +8,7 @@ print(out.outputs[0].text)
 """
 
 from llmx.runtime.aio import AsyncLLM
+from llmx.runtime.encoder import Filled, Label, Ranked, TokenLabel
 from llmx.runtime.errors import (
     ClosedError,
     ContextLengthError,
@@ -31,6 +32,8 @@ __all__ = [
     "CompletionOutput",
     "ContextLengthError",
     "FamilyError",
+    "Filled",
+    "Label",
     "LlmxError",
     "Logprob",
     "Manifest",
@@ -38,10 +41,12 @@ __all__ = [
     "OutOfMemoryError",
     "PackageError",
     "ProviderError",
+    "Ranked",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "StreamPiece",
+    "TokenLabel",
     "load_manifest",
 ]

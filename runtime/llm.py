@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from llmx.runtime.backend import Backend, OrtBackend
 from llmx.runtime.chat import ChatTemplate
+from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel
 from llmx.runtime.engine import Engine
 from llmx.runtime.errors import ClosedError, ContextLengthError, FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
@@ -45,6 +46,21 @@ def open_backend(
     plan = plan_state(manifest, max_length, slots)
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
+
+
+def open_encoder(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "auto",
+    threads: int | None = None,
+    spin: bool = True,
+    mapped_cache: bool = True,
+    cache_dir: Path | None = None,
+) -> Encoder:
+    """The session of an encoder package with its tokenizer."""
+    settings = SessionSettings(threads, spin, mapped_cache, cache_dir)
+    sessions = open_sessions(folder, manifest, resolve_device(device), settings)
+    return Encoder(folder, manifest, sessions["encoder"], Tokenizer.load(folder, manifest.tokenizer))
 
 
 class LLM:
@@ -90,12 +106,20 @@ class LLM:
             raise RequestError(f"prefill_chunk must be at least 1, and is {prefill_chunk}.")
         folder = resolve_package(model, revision)
         manifest = load_manifest(folder)
-        if manifest.family != "decoder":
-            raise FamilyError(
-                f"{folder} is an {manifest.family} model, which does not generate text; use `llmx embed`."
-            )
-        tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         cache = Path(cache_dir) if cache_dir is not None else None
+        self._turn = threading.Condition()
+        self._driving = False
+        self._closed = False
+        self._pid = os.getpid()
+        self.encoder: Encoder | None = None
+        if manifest.family == "encoder":
+            self.folder, self.manifest = folder, manifest
+            self.encoder = open_encoder(folder, manifest, device, threads, spin, mapped_cache, cache)
+            self.tokenizer = self.encoder.tokenizer
+            return
+        if manifest.family != "decoder":
+            raise FamilyError(f"{folder} is an {manifest.family} model, which this llmx does not run; upgrade llmx.")
+        tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
         self._setup(folder, manifest, tokenizer, backend, prefill_chunk)
 
@@ -106,15 +130,56 @@ class LLM:
         self.prefill_chunk = prefill_chunk
         self.engine = Engine(backend, tokenizer, prefill_chunk)
         self._templates: dict[str, ChatTemplate] = {}
-        self._turn = threading.Condition()
-        self._driving = False
-        self._closed = False
-        self._pid = os.getpid()
 
     @property
     def max_length(self) -> int:
         """Positions that a request may take, prompt and output together."""
-        return self.backend.max_length
+        return self.backend.max_length if self.encoder is None else self.encoder.info.max_length
+
+    # -- encoders -----------------------------------------------------------------------------------------------------
+
+    def embed(self, texts: str | Seq[Text | Seq[int]], **options: Any) -> np.ndarray:
+        """Embeddings float32 [n, dimension] of texts (or lists of token ids); options as `Encoder.embed`'s:
+        `dimensions`, `normalize`, `prompt_name`, `truncate`, `batch_size`. Raises FamilyError for another package.
+        """
+        return self._encoder("embed").embed([texts] if isinstance(texts, str) else texts, **options)
+
+    def hidden_states(self, texts: str | Seq[Text | Seq[int]], **options: Any) -> list[np.ndarray]:
+        """The final hidden states of each text, float32 [tokens, hidden]."""
+        return self._encoder("embed").hidden_states([texts] if isinstance(texts, str) else texts, **options)
+
+    def classify(self, texts: str | Seq[Text], **options: Any) -> list[list[Label]]:
+        """All labels of each text, or pair of texts, the likeliest first."""
+        return self._encoder("classify").classify([texts] if isinstance(texts, str) else texts, **options)
+
+    def rerank(self, query: str, documents: Seq[str], **options: Any) -> list[Ranked]:
+        """Documents by how well they answer `query`, the best first (cross-encoders)."""
+        return self._encoder("rerank").rerank(query, documents, **options)
+
+    def classify_tokens(self, texts: str | Seq[str], **options: Any) -> list[list[TokenLabel]]:
+        """The likeliest label of every token that stands for text."""
+        return self._encoder("classify tokens").classify_tokens([texts] if isinstance(texts, str) else texts, **options)
+
+    def fill_mask(self, texts: str | Seq[str], **options: Any) -> list[list[list[Filled]]]:
+        """For each text, for each mask token in it, the likeliest tokens."""
+        return self._encoder("fill masks").fill_mask([texts] if isinstance(texts, str) else texts, **options)
+
+    def _encoder(self, what: str) -> Encoder:
+        self._check_usable()
+        if self.encoder is None:
+            raise FamilyError(
+                f"{self.folder} generates text and does not {what}; use `llmx run`, or export an encoder "
+                "(`llmx export --task embed` makes an embedding model of a decoder)."
+            )
+        return self.encoder
+
+    def need_generation(self) -> None:
+        """Raises FamilyError where the package does not generate text."""
+        if self.encoder is not None:
+            raise FamilyError(
+                f"{self.folder} is an encoder for {self.encoder.info.task} and does not generate text; "
+                f"use {COMMANDS[self.encoder.info.task]}."
+            )
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +241,7 @@ class LLM:
 
     def chat_prompt(self, messages: Seq[Mapping[str, Any]], template: str = "default", **variables: Any) -> str:
         """The text that the chat template makes of `messages`. Raises RequestError where there is no template."""
+        self.need_generation()
         if template not in self._templates:
             info = self.manifest.tokenizer
             file = info.chat_template if template == "default" else info.chat_templates.get(template)
@@ -196,6 +262,7 @@ class LLM:
 
         Raises ContextLengthError for more than `max_length` tokens.
         """
+        self.need_generation()
         results = []
         for prompt in _as_list(prompts):
             ids = self._encode(prompt)
@@ -209,6 +276,10 @@ class LLM:
 
     def warmup(self) -> None:
         """Run every graph once, so that the first request meets warm code and touched memory."""
+        if self.encoder is not None:
+            ones = np.ones((1, min(16, self.max_length)), np.int64)
+            self.encoder.run({"input_ids": ones, "attention_mask": ones, "token_type_ids": ones * 0})
+            return
         with self._exclusive():
             self.backend.prefill(
                 0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64)
@@ -244,6 +315,7 @@ class LLM:
         self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
     ) -> list[Request]:
         self._check_usable()
+        self.need_generation()
         requests: list[Request] = []
         try:
             for prompt, params, emit in wanted:
@@ -294,7 +366,10 @@ class LLM:
                 self._turn.wait()
             if not self._closed and os.getpid() == self._pid:
                 self._closed = True
-                self.backend.close()
+                if self.encoder is None:
+                    self.backend.close()
+                else:
+                    self.encoder.close()
             self._turn.notify_all()
 
     def __enter__(self) -> LLM:

@@ -27,7 +27,10 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 #: - `query_seqlens`          int32 [batch], valid tokens of each right-padded row
 #: - `logits_positions`       int64 [batch, asked], columns of `input_ids` whose logits are wanted
 #: - `state`                  a past or present tensor, described in `Manifest.state`
-#: - `logits`                 [batch, asked, vocab]
+#: - `logits`                 [batch, asked, vocab]; of an encoder [batch, labels] or [batch, seq, labels or vocab]
+#: - `attention_mask`         int64 [batch, seq], 1 for tokens, 0 for the padding on their right (encoders)
+#: - `token_type_ids`         int64 [batch, seq], which of a pair's texts a token belongs to (encoders)
+#: - `embeddings`             [batch, dimension]; `last_hidden_state` [batch, seq, hidden] (encoders)
 INPUT_ROLES = (
     "input_ids",
     "position_ids",
@@ -36,6 +39,8 @@ INPUT_ROLES = (
     "query_seqlens",
     "logits_positions",
     "state",
+    "attention_mask",
+    "token_type_ids",
 )
 
 
@@ -102,6 +107,27 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class EncoderInfo:
+    """What an encoder's outputs mean. `task`: "embed" | "classify" | "token-classify" | "fill-mask".
+
+    `max_length` in tokens, special ones included. `pooling`, `normalized` and `dimension` describe `embeddings`; `labels`
+    and `activation` ("softmax" | "sigmoid" | "none") the `logits`. `prompts`: name -> text put before the input.
+    """
+
+    task: str
+    max_length: int
+    pooling: list[str] = field(default_factory=list)
+    normalized: bool = False
+    dimension: int | None = None
+    labels: list[str] = field(default_factory=list)
+    activation: str | None = None
+    mask_token_id: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    lower_case: bool = False
+
+
+@dataclass(frozen=True)
 class Verification:
     """What the exporter compared with PyTorch. `status`: "passed", or "skipped" with the `reason`."""
 
@@ -134,6 +160,7 @@ class Manifest:
     verification: Verification
     files: dict[str, FileInfo]
     quantization: dict[str, Any] | None = None
+    encoder: EncoderInfo | None = None  # of family "encoder"
     min_onnxruntime: str = "1.31"
     format: str = "llmx"
     format_version: str = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
@@ -172,8 +199,9 @@ class Manifest:
                 "upgrade llmx, or export the model again with this version."
             )
         parsed: Manifest = _parse(Manifest, raw, where)
-        if "prefill" not in parsed.graphs and parsed.family == "decoder":
-            raise PackageError(f"{where}: graphs.prefill is missing; export the model again.")
+        needed = {"decoder": "prefill", "encoder": "encoder"}.get(parsed.family)
+        if needed is not None and needed not in parsed.graphs:
+            raise PackageError(f"{where}: graphs.{needed} is missing; export the model again.")
         return parsed
 
 

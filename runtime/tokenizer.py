@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ class Tokenizer:
     def __init__(self, backend: Any, info: TokenizerInfo) -> None:
         """`backend` is a `tokenizers.Tokenizer` that neither pads nor truncates."""
         self._backend = backend
+        self._truncation = threading.Lock()  # a setting of the backend, not of a call
         self.info = info
         #: Ids that `skip_special_tokens` leaves out of the text.
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -72,6 +74,24 @@ class Tokenizer:
         except TypeError:  # also where a string holds half of a surrogate pair
             raise RequestError("A prompt must be text in valid Unicode (no lone surrogates).") from None
         return [encoding.ids for encoding in encodings]
+
+    def encode_pair(
+        self, first: str, second: str | None, max_length: int | None
+    ) -> tuple[list[int], list[int], list[str], list[tuple[int, int]], list[bool]]:
+        """(ids, type ids, tokens, character offsets, whether special) of a text or a pair, with special tokens.
+
+        More than `max_length` tokens are cut as transformers cuts them: the longest of a pair first.
+        """
+        plain = self._backend.encode(first, second, add_special_tokens=True)
+        if max_length is not None and len(plain.ids) > max_length:
+            with self._truncation:
+                self._backend.enable_truncation(max_length)
+                try:
+                    plain = self._backend.encode(first, second, add_special_tokens=True)
+                finally:
+                    self._backend.no_truncation()
+        special = [bool(flag) for flag in plain.special_tokens_mask]
+        return plain.ids, plain.type_ids, plain.tokens, plain.offsets, special
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """transformers' `decode`, its optional clean-up of spaces before punctuation included.

@@ -189,7 +189,8 @@ def test_damaged_graph(damaged: Path) -> None:
         (lambda m: m.pop("model"), "lacks"),
         (lambda m: m.update(state="x"), "should be"),
         (lambda m: m.update(format="other"), "not an llmx manifest"),
-        (lambda m: m.update(family="encoder"), "does not generate text"),
+        (lambda m: m.update(family="encoder"), "graphs.encoder is missing"),
+        (lambda m: m.update(family="encoder-decoder"), "does not run"),
         (lambda m: m.update(min_onnxruntime="99.0"), "needs onnxruntime 99.0"),
     ],
 )

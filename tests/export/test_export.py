@@ -242,7 +242,14 @@ def test_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BartConfig,
+        BartForCausalLM,
+        BertConfig,
+        BertForMaskedLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     small = {
         "vocab_size": 300,
@@ -254,10 +261,14 @@ def test_encoders_are_refused(tmp_path: Path) -> None:
     save_checkpoint(BertForMaskedLM(BertConfig(**small)), tmp_path / "bert")
     refuses(
         UnsupportedModelError,
-        "neither causal nor a sliding window|encoder|past_key_values",
+        "neither causal nor a sliding window",
         tmp_path,
         tmp_path / "bert",
+        task="generate",
     )
+    bart = BartConfig(vocab_size=300, d_model=32, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32)
+    save_checkpoint(BartForCausalLM(bart), tmp_path / "bart")
+    refuses(UnsupportedModelError, "ignores position_ids", tmp_path, tmp_path / "bart", verify=False)
     t5 = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
     save_checkpoint(T5ForConditionalGeneration(t5), tmp_path / "t5")
     refuses(UnsupportedModelError, "encoder-decoder", tmp_path, tmp_path / "t5")

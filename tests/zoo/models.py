@@ -59,10 +59,20 @@ TINY: dict[str, dict[str, Any]] = {
     "cohere": {**_COMMON, "logit_scale": 0.5},
     "stablelm": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"hidden_size": 64},
     "starcoder2": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"sliding_window": 24},
+    "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**_COMMON, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4},
+    "deepseek_v3": {
+        **{k: v for k, v in _COMMON.items() if k not in ("head_dim", "num_key_value_heads")},
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
 }  # fmt: skip
 
 #: The issue's list: what every run of CI compares with PyTorch.
 CORE = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "glm4", "mistral"]
+#: One of each further kind: experts, sinks, latent attention.
+KINDS = ["mixtral", "gpt_oss", "deepseek_v3"]
 
 
 def make_config(name: str, **overrides: Any) -> Any:

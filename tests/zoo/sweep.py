@@ -1,0 +1,281 @@
+"""The coverage sweep: every causal-LM type of transformers, small, exported and compared with PyTorch.
+
+    python tests/zoo/sweep.py                 # what has no result yet; then docs/coverage.md
+    python tests/zoo/sweep.py --again llama   # these types once more
+    python tests/zoo/sweep.py --report        # only write the page
+
+Each type runs in a process of its own with a time and a memory limit; results are kept under build/coverage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+RESULTS = ROOT / "build" / "coverage"
+PAGE = ROOT / "docs" / "coverage.md"
+NEW_TOKENS = 48
+MASKED = " (masked LM)"
+TIME_LIMIT = 300
+MEMORY_LIMIT = 10 << 30
+
+
+def causal_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def masked_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return sorted(f"{name}{MASKED}" for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def examine_masked(model_type: str, folder: Path) -> dict[str, Any]:
+    """An encoder with its masked-LM head: "exact" where a padded batch's logits equal PyTorch's rows within 1e-4."""
+    import torch
+    from llmx.export import ExportOptions, export_model
+    from llmx.runtime.errors import LlmxError
+    from transformers import AutoModelForMaskedLM
+
+    from zoo.models import save_checkpoint, widen
+    from zoo.shrink import VOCAB, shrink
+
+    torch.set_num_threads(1)
+    try:
+        config = shrink(model_type.removesuffix(MASKED), decoder=False)
+        torch.manual_seed(0)
+        model = AutoModelForMaskedLM.from_config(config).eval()
+        widen(model, 0)
+        with torch.no_grad():
+            model(input_ids=torch.randint(1, VOCAB, (1, 61)), attention_mask=torch.ones(1, 61, dtype=torch.long))
+    except Exception as error:
+        return {"result": "pytorch", "reason": _line(error)}
+    entry: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    save_checkpoint(model, folder / "checkpoint")
+    options = ExportOptions(str(folder / "checkpoint"), folder / "package", task="fill-mask")
+    try:
+        manifest = export_model(options).manifest
+    except LlmxError as error:
+        return {**entry, "result": "refused", "reason": _line(error)}
+    return {**entry, "result": "exact", "reason": "", "max_abs_diff": manifest.verification.max_abs_diff}
+
+
+def examine(model_type: str, folder: Path) -> dict[str, Any]:
+    """result: "exact", "refused" (with the reason), "wrong", or "pytorch" (PyTorch itself does not run it small)."""
+    import torch
+    from llmx.export import ExportOptions, export_model
+    from llmx.export.verify import greedy
+    from llmx.runtime import LLM, SamplingParams
+    from llmx.runtime.errors import LlmxError, VerificationError
+    from transformers import AutoModelForCausalLM
+
+    from zoo.models import save_checkpoint, widen
+    from zoo.shrink import VOCAB, shrink
+
+    torch.set_num_threads(1)
+    lengths = (7, 61, 23)
+    prompts = [torch.randint(1, VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    try:
+        config = shrink(model_type)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        widen(model, 0)
+        model.generation_config.eos_token_id = None
+        expected = [greedy(model, p, NEW_TOKENS)[0, p.shape[1] :].tolist() for p in prompts]
+    except Exception as error:
+        return {"result": "pytorch", "reason": _line(error)}
+    entry: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    save_checkpoint(model, folder / "checkpoint")
+    try:
+        package = export_model(ExportOptions(str(folder / "checkpoint"), folder / "package")).path
+    except VerificationError as error:
+        return {**entry, "result": "refused", "reason": f"verification: {_line(error)}"}
+    except LlmxError as error:
+        return {**entry, "result": "refused", "reason": _line(error)}
+    except Exception as error:
+        return {**entry, "result": "crashed", "reason": f"{type(error).__name__}: {_line(error)}"}
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    with LLM(package, slots=3, prefill_chunk=16, threads=1) as llm:
+        layouts = sorted({t.layout for t in llm.manifest.state})
+        ids = [p[0].tolist() for p in prompts]
+        single = [llm.generate(p, params)[0].outputs[0].token_ids for p in ids]
+        batch = [o.outputs[0].token_ids for o in llm.generate(ids, params)]
+    same = single == expected and batch == expected
+    entry |= {"layouts": layouts, "max_abs_diff": llm.manifest.verification.max_abs_diff}
+    return {
+        **entry,
+        "result": "exact" if same else "wrong",
+        "reason": "" if same else _difference(expected, single, batch),
+    }
+
+
+def _difference(expected: list[list[int]], single: list[list[int]], batch: list[list[int]]) -> str:
+    for name, got in (("alone", single), ("in a batch", batch)):
+        for row, (want, have) in enumerate(zip(expected, got, strict=True)):
+            if want != have:
+                at = next(i for i in range(NEW_TOKENS) if want[i] != have[i])
+                return f"row {row} {name}: token {at} is {have[at]}, PyTorch's {want[at]}"
+    return ""
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()).replace(str(ROOT), "").replace("|", "/").replace("<", "‹").replace(">", "›")
+    return (text or type(error).__name__)[:260]
+
+
+def _child(model_type: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT * 3, MEMORY_LIMIT * 3))
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
+    folder = Path(tempfile.mkdtemp(prefix=f"sweep-{model_type}-"))
+    started = time.time()
+    try:
+        entry = (examine_masked if model_type.endswith(MASKED) else examine)(model_type, folder)
+    except BaseException as error:
+        entry = {"result": "crashed", "reason": f"{type(error).__name__}: {_line(error)}"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _store(model_type, {**entry, "seconds": round(time.time() - started, 1)})
+
+
+def _store(model_type: str, entry: dict[str, Any]) -> None:
+    entry = {"type": model_type, **entry, "transformers": importlib.metadata.version("transformers")}
+    partial = RESULTS / f".{model_type}.partial"
+    partial.write_text(json.dumps(entry, indent=1))
+    partial.rename(RESULTS / f"{model_type}.json")
+
+
+def sweep(types: list[str], jobs: int) -> None:
+    """Run `types`, `jobs` at a time, in forks of a process that has imported everything once."""
+    os.environ.update(HF_HUB_OFFLINE="1", LLMX_CACHE=tempfile.mkdtemp(prefix="sweep-cache-"), OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    import llmx.export
+    import llmx.export.export  # noqa: F401  (imported once, for all forks)
+    import onnxruntime  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
+    waiting, running, done = list(types), {}, 0
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop(0)
+            process = fork.Process(target=_child, args=(name,))
+            process.start()
+            running[name] = (process, time.time())
+        for name, (process, started) in list(running.items()):
+            late = time.time() - started > TIME_LIMIT
+            if late:
+                process.kill()
+            process.join(0.05)
+            if process.is_alive():
+                continue
+            if late or process.exitcode:
+                reason = f"longer than {TIME_LIMIT} s" if late else f"the process died ({process.exitcode})"
+                _store(name, {"result": "crashed", "reason": reason})
+            done += 1
+            entry = json.loads((RESULTS / f"{name}.json").read_text())
+            print(f"{done}/{len(types)} {name}: {entry['result']} {entry.get('reason', '')[:150]}", flush=True)
+            del running[name]
+    shutil.rmtree(os.environ["LLMX_CACHE"], ignore_errors=True)
+
+
+_WORDS = {
+    "exact": "exact",
+    "refused": "refused",
+    "pytorch": "not run by PyTorch at small size",
+    "wrong": "WRONG",
+    "crashed": "crashed",
+}
+
+
+def report() -> None:
+    """docs/coverage.md from the stored results."""
+    lines = [
+        "# Coverage",
+        "",
+        f"Every causal-LM and masked-LM type of transformers {importlib.metadata.version('transformers')}, as a small random "
+        "model, exported and run beside PyTorch (`make coverage`). *Refused*: the export says why, and leaves no package.",
+    ]
+    lines += _section(
+        "Causal language models",
+        "*Exact*: 48 greedy tokens equal transformers' `generate`, for three ragged prompts (7, 61 and 23 tokens, longer "
+        "than every sliding window) alone and in one batch.",
+        causal_types(),
+    )
+    lines += _section(
+        "Encoders (masked language models)",
+        "*Exact*: the logits of three rows (4, 23 and 61 tokens) in one padded batch equal PyTorch's of each row alone within "
+        "1e-4 of the largest logit.",
+        masked_types(),
+    )
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def _section(title: str, meaning: str, types: list[str]) -> list[str]:
+    entries = [json.loads((RESULTS / f"{t}.json").read_text()) for t in types if (RESULTS / f"{t}.json").is_file()]
+    counts = Counter(e["result"] for e in entries)
+    total = (
+        ", ".join(f"{counts[k]} {w}" for k, w in _WORDS.items() if counts[k])
+        + f"; {len(entries)} of {len(types)} types."
+    )
+    print(f"{title}: {total}")
+    rows = [
+        f"| {e['type'].removesuffix(MASKED)} | {', '.join(e.get('layouts', []))} | {_WORDS[e['result']]} | {e.get('reason', '')} |"
+        for e in entries
+    ]
+    return [
+        "",
+        f"## {title}",
+        "",
+        meaning,
+        "",
+        total,
+        "",
+        "| type | state | result | reason |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", nargs="*", default=None, help="types to run once more (all, where none is named)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="only write the page")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        types = [*causal_types(), *masked_types()]
+        if args.again is not None:
+            types = args.again or types
+        else:
+            types = [t for t in types if not (RESULTS / f"{t}.json").is_file()]
+        sweep(types, args.jobs)
+    report()
+
+
+if __name__ == "__main__":
+    main()
