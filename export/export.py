@@ -201,7 +201,7 @@ def _write_encoder(
         stages.begin("write")
         write_graphs(folder, {"encoder.onnx": graph}, writer, source, stages.reporter.advance)
     info = _explain(checkpoint, lambda: describe_encoder(checkpoint, module, graph, load_tokenizer(checkpoint)))
-    embeddings = source.module.get_input_embeddings()
+    rows, width = _embedding_shape(source)
     layers = next(
         (
             v
@@ -217,8 +217,8 @@ def _write_encoder(
         dtype=dtype,
         model=ModelInfo(
             info.max_length,
-            embeddings.num_embeddings,
-            int(embeddings.weight.shape[1]),
+            rows,
+            width,
             int(layers),
             source.num_parameters,
         ),
@@ -274,7 +274,7 @@ def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) ->
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
-    rows = source.module.get_input_embeddings().num_embeddings
+    rows = _embedding_shape(source)[0]
     highest = max(tokens.values(), default=0)
     if highest >= rows:
         raise ExportError(
@@ -291,8 +291,18 @@ def _explain(checkpoint: Checkpoint, work: Callable[[], Any]) -> Any:
         raise UnsupportedModelError(f"{architecture} cannot be exported: {error}") from error.__cause__
 
 
+def _embedding_shape(source: SourceModel) -> tuple[int, int]:
+    """(rows, width) of the input embedding. Raises UnsupportedModelError where it is no plain table."""
+    table = getattr(source.module.get_input_embeddings(), "weight", None)
+    if not isinstance(table, torch.Tensor) or table.ndim != 2:
+        raise UnsupportedModelError(
+            f"{type(source.module).__name__} cannot be exported: it has no table of token embeddings"
+        )
+    return int(table.shape[0]), int(table.shape[1])
+
+
 def _hidden_size(source: SourceModel) -> int:
-    return int(source.module.get_input_embeddings().weight.shape[1])
+    return _embedding_shape(source)[1]
 
 
 def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
@@ -337,8 +347,10 @@ def _verified(
         from llmx.export.encoder import verify_encoder
 
         encoder = open_encoder(folder, manifest, device="cpu", mapped_cache=False)
-        checked = verify_encoder(encoder.run, checkpoint, manifest.dtype, options.pooling, manifest.encoder.max_length)
-        return replace(manifest, verification=checked)
+        checked, pads = verify_encoder(
+            encoder.run, checkpoint, manifest.dtype, options.pooling, manifest.encoder.max_length
+        )
+        return replace(manifest, verification=checked, encoder=replace(manifest.encoder, padding=pads))
     windows = sorted({t.window for t in manifest.state if t.window is not None})
     longest = min(manifest.model.context_length, 2048)
     backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)

@@ -222,7 +222,9 @@ _CONVERSIONS: dict[Any, Callable[[Any], torch.dtype | None]] = {
 
 def _needs_retrace(node: torch.fx.Node, lowered: set[Any], table: dict[Any, Any]) -> bool:
     target = node.target
-    if target in _CONVERSIONS or target in lowered:
+    if target in _CONVERSIONS:
+        return "val" not in node.meta or "val" not in node.args[0].meta
+    if target in lowered:
         return False
     if not isinstance(target, torch._ops.OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)

@@ -242,7 +242,10 @@ class Encoder:
             raise RequestError(f"batch_size must be at least 1, and is {batch_size}.")
         waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
         while waiting:
-            size = max(1, min(batch_size, _BATCH_TOKENS // len(rows[waiting[0]].ids)))
+            longest = len(rows[waiting[0]].ids)
+            size = max(1, min(batch_size, _BATCH_TOKENS // longest))
+            if not self.info.padding:
+                size = min(size, sum(len(rows[i].ids) == longest for i in waiting))
             chosen, waiting = waiting[:size], waiting[size:]
             results = self.run(self._feeds([rows[i] for i in chosen]), [output])[output]
             yield from zip(chosen, results, strict=True)

@@ -125,6 +125,7 @@ class EncoderInfo:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     lower_case: bool = False
+    padding: bool = True  # False: padding changes a row's output, so only rows of equal length run together
 
 
 @dataclass(frozen=True)

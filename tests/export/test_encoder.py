@@ -231,3 +231,16 @@ def test_wrong_family_and_wrong_options(tmp_path: Path, package: Callable[[str],
         result = run(main, command)
         assert result.exit_code in (1, 2) and needle in result.output, (command, result.output)
         assert "Traceback" not in result.output
+
+
+def test_rows_are_not_padded_where_padding_shows(tmp_path: Path) -> None:
+    """FNet mixes all positions and has no mask: rows of different length must not share a run."""
+    model = make("fnet", "AutoModel", tmp_path / "model")
+    package = export_model(ExportOptions(str(tmp_path / "model"), tmp_path / "package")).path
+    prompts = [list(range(1, n + 1)) for n in (9, 4, 9, 30)]
+    with LLM(package) as llm:
+        assert llm.encoder is not None and not llm.encoder.info.padding
+        vectors = llm.embed(prompts)
+    for vector, prompt in zip(vectors, prompts, strict=True):
+        expected = reference(model, prompt, lambda h: h.mean(0) / h.mean(0).norm())
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
