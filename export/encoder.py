@@ -247,7 +247,7 @@ def _max_length(checkpoint: Checkpoint, model: Any, tokenizer: Any, bert: dict[s
     if isinstance(positions, int) and positions > 0:
         for name, part in model.named_modules():  # a table whose rows start after the padding index
             if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
-                positions = part.num_embeddings - part.padding_idx - 1
+                positions = part.weight.shape[0] - part.padding_idx - 1
                 break
         limits.append(positions)
     known = [n for n in limits if isinstance(n, int) and 0 < n < 10**8]

@@ -81,7 +81,7 @@ def _prompt_lengths(windows: list[int], max_length: int) -> list[int]:
 
 def reference_path(model: Any, length: int, seed: int, new_tokens: int = _NEW_TOKENS) -> ReferencePath:
     """A random prompt of `length` tokens, continued greedily by PyTorch, with the logits of every position."""
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.get_input_embeddings().weight.shape[0]
     prompt = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
     tokens = greedy(model, prompt, new_tokens)
     with torch.no_grad():
