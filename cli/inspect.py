@@ -56,6 +56,7 @@ def describe(folder: Path, manifest: Any) -> dict[str, Any]:
         "layers": manifest.model.num_layers,
         "vocabulary": manifest.model.vocab_size,
         "context_length": manifest.model.context_length,
+        "encoder": manifest.encoder.__dict__ if manifest.encoder is not None else None,
         "verification": manifest.verification.__dict__,
         "files": {name: info.size for name, info in manifest.files.items()},
         "graphs": {name: operators(folder / graph.file) for name, graph in manifest.graphs.items()},
@@ -89,22 +90,30 @@ def _print(facts: dict[str, Any]) -> None:
         if check["status"] == "passed"
         else f"skipped: {check['reason']}"
     )
-    for label, value in (
+    rows = [
         ("package", facts["path"]),
         ("model", f"{facts['name']} ({facts['architecture']}, {facts['family']})"),
         ("built for", f"{facts['target']}, {facts['dtype']}"),
         ("parameters", f"{facts['parameters']:,} in {facts['layers']} layers, vocabulary {facts['vocabulary']:,}"),
         ("verified", verified),
-        (
-            "context",
-            f"{facts['context_length']:,} positions; {facts['longest_context_that_fits']:,} fit into {human_bytes(facts['free_memory'])} free",
-        ),
-        (
-            "state",
-            f"{', '.join(state['layouts'])}; {human_bytes(state['bytes_per_token'])} a token, {human_bytes(state['bytes_at_full_context'])} at full context",
-        ),
-        ("windows", ", ".join(map(str, state["windows"])) or "none"),
-    ):
+    ]
+    encoder = facts["encoder"]
+    if encoder is not None:
+        rows.append(("task", f"{encoder['task']}, at most {encoder['max_length']:,} tokens"))
+        if encoder["dimension"]:
+            pooled = f"{', '.join(encoder['pooling'])} pooling{', normalised' if encoder['normalized'] else ''}"
+            rows.append(("embeddings", f"{encoder['dimension']} numbers, {pooled}"))
+        if encoder["labels"]:
+            rows.append(("labels", ", ".join(encoder["labels"])))
+    else:
+        context, fits = facts["context_length"], facts["longest_context_that_fits"]
+        each, full = human_bytes(state["bytes_per_token"]), human_bytes(state["bytes_at_full_context"])
+        rows += [
+            ("context", f"{context:,} positions; {fits:,} fit into {human_bytes(facts['free_memory'])} free"),
+            ("state", f"{', '.join(state['layouts'])}; {each} a token, {full} at full context"),
+            ("windows", ", ".join(map(str, state["windows"])) or "none"),
+        ]
+    for label, value in rows:
         head.add_row(f"[bold]{label}[/bold]", value)
     console.print(head)
     table = Table("graph", "nodes", "operators")
