@@ -31,9 +31,7 @@ RULES: dict[str, Any] = {
 #: What the rules alone do not make consistent: type -> fields.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "expand": 2},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_ssm": 128},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
@@ -43,8 +41,30 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"head_dim": 16, "num_key_value_heads": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_method": "greedy"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
+        "logit_scale": 0.5,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * LAYERS},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "esm": {"vocab_size": VOCAB, "mask_token_id": 1, "pad_token_id": 0},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
     "zaya": {"num_experts_per_tok": 1},
-    "reformer": {"is_decoder": True},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "persimmon": {"num_key_value_heads": 4},
