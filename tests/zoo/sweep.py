@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import sys
@@ -140,7 +141,12 @@ def _difference(expected: list[list[int]], single: list[list[int]], batch: list[
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).replace(str(ROOT), "").replace("|", "/").replace("<", "‹").replace(">", "›")
+    text = (
+        re.sub(r"\S*/sweep-.*?/checkpoint", "the checkpoint", " ".join(str(error).split()).replace(str(ROOT), ""))
+        .replace("|", "/")
+        .replace("<", "‹")
+        .replace(">", "›")
+    )
     return (text or type(error).__name__)[:260]
 
 
