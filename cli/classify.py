@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import encoder_options, load_encoder, print_table, read_texts, text_options
+from llmx.cli.common import encoder_options, load, print_table, read_texts, text_options
 
 
 @click.command(name="classify")
@@ -32,12 +32,15 @@ def command(
         if len(pair) != len(texts):
             raise click.UsageError(f"There are {len(texts)} texts and {len(pair)} --pair; give one for each.")
         texts = list(zip(texts, pair, strict=True))
-    batch_size = options.pop("batch_size")
-    with load_encoder(options) as llm:
+    with load(options, generate=False) as llm:
         if llm.encoder is not None and llm.encoder.info.task == "token-classify":
-            rows = [[asdict(t) for t in tokens] for tokens in llm.classify_tokens(texts, batch_size=batch_size)]
+            rows = [
+                [asdict(t) for t in tokens] for tokens in llm.classify_tokens(texts, batch_size=options["batch_size"])
+            ]
         else:
-            rows = [[asdict(v) for v in labels[:top_k]] for labels in llm.classify(texts, batch_size=batch_size)]
+            rows = [
+                [asdict(v) for v in labels[:top_k]] for labels in llm.classify(texts, batch_size=options["batch_size"])
+            ]
     if as_json:
         data = [{"text": t, "labels": r} for t, r in zip(texts, rows, strict=True)]
         click.echo(json.dumps({"data": data}, ensure_ascii=False))

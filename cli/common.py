@@ -10,31 +10,39 @@ from typing import Any
 import click
 from llmx.runtime.params import SamplingParams
 
+_ONNX = click.option(
+    "--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or the hub id of a published package."
+)
+_DEVICE = click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far).")
+_MAX_LENGTH = click.option(
+    "--max-length",
+    type=int,
+    help="Positions of the context to allocate [default: what half the free memory allows, at most 4096].",
+)
+_THREADS = click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads [default: the CPUs this process may use]."
+)
+_REVISION = click.option("--revision", help="Revision of a hub id.")
+_BATCH_SIZE = click.option(
+    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts run at once."
+)
+
+
+def _all(function: Callable[..., Any], *options: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with `options`, shown in this order."""
+    for option in reversed(options):
+        function = option(function)
+    return function
+
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--onnx and how to load it."""
-    for option in reversed(
-        [
-            click.option(
-                "--onnx",
-                required=True,
-                metavar="DIR_OR_HUB_ID",
-                help="A package folder, or the hub id of a published package.",
-            ),
-            click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far)."),
-            click.option(
-                "--max-length",
-                type=int,
-                help="Positions of the context to allocate [default: what half the free memory allows, at most 4096].",
-            ),
-            click.option(
-                "--threads", type=click.IntRange(1), help="CPU threads [default: the CPUs this process may use]."
-            ),
-            click.option("--revision", help="Revision of a hub id."),
-        ]
-    ):
-        function = option(function)
-    return function
+    return _all(function, _ONNX, _DEVICE, _MAX_LENGTH, _THREADS, _REVISION)
+
+
+def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--onnx and how to load and run an encoder."""
+    return _all(function, _ONNX, _DEVICE, _THREADS, _REVISION, _BATCH_SIZE)
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +74,7 @@ def sampling_params(options: dict[str, Any], **more: Any) -> SamplingParams:
 
 
 def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
-    """The LLM of `model_options`, with a spinner on a terminal. Raises FamilyError where it is to generate and cannot."""
+    """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. Raises FamilyError where it is to generate and cannot."""
     from llmx.runtime import LLM
 
     with status(f"Loading {options['onnx']}"):
@@ -74,7 +82,7 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
             options["onnx"],
             options["device"],
             revision=options["revision"],
-            max_length=options["max_length"],
+            max_length=options.get("max_length"),
             threads=options["threads"],
             slots=slots,
         )
@@ -99,51 +107,37 @@ def human_bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
+def _read(file: Path | None, what: str) -> str:
+    """The text of `file`, or of standard input where it is None."""
+    try:
+        return file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        name = f"The {what} file {file}" if file is not None else "Standard input"
+        raise click.UsageError(f"{name} cannot be read as text: {error}.") from None
+
+
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from --prompt, --prompt-file or standard input; exactly one of them."""
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("Give --prompt or --prompt-file, not both.")
-    if prompt_file is not None:
-        try:
-            return prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise click.UsageError(f"The prompt file {prompt_file} cannot be read as text: {error}.") from None
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise click.UsageError("Give a prompt: --prompt TEXT, --prompt-file FILE, or text on standard input.")
-        prompt = sys.stdin.read()
-    return prompt
-
-
-def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--onnx and how to load and run an encoder."""
-    for option in reversed(
-        [
-            click.option("--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or a hub id."),
-            click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far)."),
-            click.option("--threads", type=click.IntRange(1), help="CPU threads [default: what the process may use]."),
-            click.option("--revision", help="Revision of a hub id."),
-            click.option(
-                "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts run at once."
-            ),
-        ]
-    ):
-        function = option(function)
-    return function
+    if prompt is not None:
+        return prompt
+    if prompt_file is None and sys.stdin.isatty():
+        raise click.UsageError("Give a prompt: --prompt TEXT, --prompt-file FILE, or text on standard input.")
+    return _read(prompt_file, "prompt")
 
 
 def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--text and --text-file."""
-    file = click.Path(dir_okay=False, path_type=Path)
-    function = click.option("--text-file", type=file, help="A file with one text a line [default: standard input].")(
-        function
+    return _all(
+        function,
+        click.option("--text", multiple=True, help="A text (may be given several times)."),
+        click.option(
+            "--text-file",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="A file with one text a line [default: standard input].",
+        ),
     )
-    return click.option("--text", multiple=True, help="A text (may be given several times).")(function)
-
-
-def load_encoder(options: dict[str, Any]) -> Any:
-    """The LLM of `encoder_options`; its calls say which command fits another family."""
-    return load({**options, "max_length": None}, generate=False)
 
 
 def read_texts(text: tuple[str, ...], text_file: Path | None) -> list[str]:
@@ -154,11 +148,7 @@ def read_texts(text: tuple[str, ...], text_file: Path | None) -> list[str]:
     if not text:
         if text_file is None and sys.stdin.isatty():
             raise click.UsageError("Give a text: --text TEXT, --text-file FILE, or lines on standard input.")
-        try:
-            source = text_file.read_text(encoding="utf-8") if text_file is not None else sys.stdin.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise click.UsageError(f"The text file {text_file} cannot be read as text: {error}.") from None
-        texts = [line for line in source.splitlines() if line.strip()]
+        texts = [line for line in _read(text_file, "text").splitlines() if line.strip()]
     if not texts or not all(t.strip() for t in texts):
         raise click.UsageError("A text is empty; give at least one character.")
     return texts

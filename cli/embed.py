@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import encoder_options, load_encoder, read_texts, text_options
+from llmx.cli.common import encoder_options, load, read_texts, text_options
 
 
 @click.command(name="embed")
@@ -34,9 +34,8 @@ def command(
       llmx embed --onnx artifacts/minilm --text-file lines.txt --output vectors.npy
     """
     texts = read_texts(text, text_file)
-    batch_size = options.pop("batch_size")
-    with load_encoder(options) as llm:
-        vectors = llm.embed(texts, dimensions=dimensions, prompt_name=prompt_name, batch_size=batch_size)
+    with load(options, generate=False) as llm:
+        vectors = llm.embed(texts, dimensions=dimensions, prompt_name=prompt_name, batch_size=options["batch_size"])
     if output is not None:
         import numpy as np
 

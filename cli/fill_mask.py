@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import encoder_options, load_encoder, print_table, read_texts, text_options
+from llmx.cli.common import encoder_options, load, print_table, read_texts, text_options
 
 
 @click.command(name="fill-mask")
@@ -24,9 +24,8 @@ def command(text: tuple[str, ...], text_file: Path | None, top_k: int, as_json: 
       llmx fill-mask --onnx artifacts/bert --text "To be or not to [MASK]."
     """
     texts = read_texts(text, text_file)
-    batch_size = options.pop("batch_size")
-    with load_encoder(options) as llm:
-        results = llm.fill_mask(texts, top_k=top_k, batch_size=batch_size)
+    with load(options, generate=False) as llm:
+        results = llm.fill_mask(texts, top_k=top_k, batch_size=options["batch_size"])
     if as_json:
         data = [{"text": t, "masks": [[asdict(f) for f in m] for m in r]} for t, r in zip(texts, results, strict=True)]
         click.echo(json.dumps({"data": data}, ensure_ascii=False))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import encoder_options, load_encoder, print_table, read_texts, text_options
+from llmx.cli.common import encoder_options, load, print_table, read_texts, text_options
 
 
 @click.command(name="rerank")
@@ -27,9 +27,8 @@ def command(
       llmx rerank --onnx artifacts/cross-encoder --query "Who wrote Hamlet?" --text-file documents.txt --top-n 3
     """
     documents = read_texts(text, text_file)
-    batch_size = options.pop("batch_size")
-    with load_encoder(options) as llm:
-        ranked = llm.rerank(query, documents, top_n=top_n, batch_size=batch_size)
+    with load(options, generate=False) as llm:
+        ranked = llm.rerank(query, documents, top_n=top_n, batch_size=options["batch_size"])
     if as_json:
         click.echo(json.dumps({"query": query, "results": [asdict(r) for r in ranked]}, ensure_ascii=False))
     else:

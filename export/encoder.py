@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,12 @@ import onnx_ir as ir
 import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import lower
+from llmx.export.verify import TOLERANCE
 from llmx.export.weights import StoredTensor, load_model, read_index
 from llmx.runtime.errors import CheckpointError, UnsupportedModelError, VerificationError
 from llmx.runtime.manifest import EncoderInfo, Verification
 
 _BATCH, _SEQ = 3, 7  # differ, and are not 0 or 1, which tracing would specialise away
-_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 _LENGTHS = (4, 23, 61)
 
 #: sentence-transformers' pooling modes: config field -> name.
@@ -133,8 +134,6 @@ class EncoderModule(torch.nn.Module):
 
 
 def _takes(model: torch.nn.Module, name: str) -> bool:
-    import inspect
-
     return name in inspect.signature(model.forward).parameters
 
 
@@ -312,7 +311,7 @@ def _compare(wanted: list[dict[str, np.ndarray]], got: list[dict[str, np.ndarray
     worst, tolerance = 0.0, 0.0
     for want_row, got_row in zip(wanted, got, strict=True):
         for name, want in want_row.items():
-            allowed = _TOLERANCE[dtype] * max(1.0, float(np.abs(want).max()))
+            allowed = TOLERANCE[dtype] * max(1.0, float(np.abs(want).max()))
             difference = float(np.abs(got_row[name].astype(np.float32) - want).max())
             if not difference <= allowed:  # NaN is wrong too
                 raise VerificationError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from llmx.export.attention import LayerState
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
@@ -108,8 +109,8 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
     output = options.output or Path("artifacts") / checkpoint.short_name
     dtype = _dtype(options, target, checkpoint)
     with package_folder(output, options.force) as folder, torch.no_grad():
-        write = _write_package if checkpoint.task == "generate" else _write_encoder
-        manifest = write(folder, checkpoint, options, target, dtype, stages, warnings)
+        write = _write_decoder if checkpoint.task == "generate" else _write_encoder
+        manifest = write(_Work(folder, checkpoint, options, target, dtype, stages, warnings))
         stages.begin("verify")
         manifest = _verified(manifest, folder, checkpoint, options, stages.reporter)
         if manifest.verification.status == "skipped" and options.verify:
@@ -119,118 +120,132 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
     return ExportResult(output, manifest, stages.seconds, warnings)
 
 
-def _write_package(
-    folder: Path,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    target: Target,
-    dtype: str,
-    stages: _Stages,
-    warnings: list[str],
-) -> Manifest:
+@dataclass
+class _Work:
+    """One export's settings and what it has made so far, for the two kinds of package."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    options: ExportOptions
+    target: Target
+    dtype: str
+    stages: _Stages
+    warnings: list[str]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def source(self, tokenizer_file: str) -> SourceModel:
+        """The model to trace, its vocabulary checked against the tokenizer's."""
+        source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter)
+        _check_vocabulary(source, self.folder, tokenizer_file)
+        return source
+
+    def write(
+        self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
+    ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:
+        """`make` the graphs by name while the weights are written; the graphs, and what is known of the weights' file."""
+        check_free_space(self.folder, int(source.num_bytes * 1.02))
+        with WeightsWriter(self.folder / WEIGHTS_FILE, source) as writer, uncollected():
+            graphs = make()
+            self.stages.begin("write")
+            files = {_graph_file(name): graph for name, graph in graphs.items()}
+            write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
+        return graphs, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}
+
+    def manifest(
+        self, source: SourceModel, graphs: dict[str, ir.Model], hashed: dict[str, FileInfo], **parts: Any
+    ) -> Manifest:
+        """The manifest of `parts` with what every family has, not verified yet."""
+        layers = sorted({tensor.layer for tensor in parts["state"]})
+        return Manifest(
+            name=self.checkpoint.short_name,
+            target=self.target.name,
+            dtype=self.dtype,
+            graphs={name: describe_graph(_graph_file(name), graph, layers) for name, graph in graphs.items()},
+            source=_source_info(self.checkpoint, self.options, source),
+            created_by=_versions(),
+            verification=Verification("skipped", reason="not verified yet"),
+            files=hash_files(self.folder, hashed),
+            min_onnxruntime=self.target.min_onnxruntime,
+            **parts,
+        )
+
+
+def _graph_file(name: str) -> str:
+    return f"{name}.onnx"
+
+
+def _write_decoder(work: _Work) -> Manifest:
     """Everything of the package but the manifest, which is returned. The model is released with this call's locals."""
-    tokenizer = write_tokenizer(checkpoint, folder)
+    checkpoint = work.checkpoint
+    tokenizer = write_tokenizer(checkpoint, load_tokenizer(checkpoint), work.folder)
     defaults, ignored = generation_defaults(checkpoint)
     if ignored:
-        warnings.append(
+        work.warnings.append(
             f"generation_config sets {', '.join(ignored)}, which llmx does not apply; "
             "output may differ from transformers' default."
         )
-    source = build_source(checkpoint, getattr(torch, dtype), options.adapter)
-    _check_vocabulary(source, folder, tokenizer.file)
-
-    stages.begin("trace")
+    source = work.source(tokenizer.file)
+    work.stages.begin("trace")
     layers = _explain(checkpoint, lambda: probe_layers(source.module))
-    context = _context_length(checkpoint, options.max_length)
-    check_free_space(folder, int(source.num_bytes * 1.02))
-    with WeightsWriter(folder / WEIGHTS_FILE, source) as writer, uncollected():
-        traced = _explain(checkpoint, lambda: trace(source.module, layers, target.query_seqlens))
-        stages.begin("rewrite")
+    context = _context_length(checkpoint, work.options.max_length)
+
+    def make() -> dict[str, ir.Model]:
+        traced = _explain(checkpoint, lambda: trace(source.module, layers, work.target.query_seqlens))
+        work.stages.begin("rewrite")
         prefill, decode = both_graphs(traced, context)
-        stages.begin("write")
-        graphs = {"prefill.onnx": prefill, "decode.onnx": decode}
-        write_graphs(folder, graphs, writer, source, stages.reporter.advance)
-    numbers = [layer.layer for layer in layers]
-    vocab = int(prefill.graph.outputs[0].shape[2])
-    return Manifest(
+        return {"prefill": prefill, "decode": decode}
+
+    graphs, hashed = work.write(source, make)
+    vocab = int(graphs["prefill"].graph.outputs[0].shape[2])
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
         family="decoder",
-        name=checkpoint.short_name,
-        target=target.name,
-        dtype=dtype,
-        model=ModelInfo(context, vocab, _hidden_size(source), len(layers), source.num_parameters),
-        graphs={
-            "prefill": describe_graph("prefill.onnx", prefill, numbers),
-            "decode": describe_graph("decode.onnx", decode, numbers),
-        },
-        state=_state(layers, dtype),
+        model=ModelInfo(context, vocab, _embedding_shape(source)[1], len(layers), source.num_parameters),
+        state=_state(layers, work.dtype),
         tokenizer=tokenizer,
         generation=defaults,
-        source=_source_info(checkpoint, options, source),
-        created_by=_versions(),
-        verification=Verification("skipped", reason="not verified yet"),
-        files=hash_files(folder, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}),
-        min_onnxruntime=target.min_onnxruntime,
     )
 
 
-def _write_encoder(
-    folder: Path,
-    checkpoint: Checkpoint,
-    options: ExportOptions,
-    target: Target,
-    dtype: str,
-    stages: _Stages,
-    warnings: list[str],
-) -> Manifest:
+def _write_encoder(work: _Work) -> Manifest:
     """An encoder's package but its manifest, which is returned."""
     from llmx.export.encoder import build_module, describe_encoder, trace_encoder
     from llmx.export.passes import encoder_graph
 
-    tokenizer = write_tokenizer(checkpoint, folder)
-    source = build_source(checkpoint, getattr(torch, dtype), options.adapter)
-    _check_vocabulary(source, folder, tokenizer.file)
-    stages.begin("trace")
+    checkpoint = work.checkpoint
+    loaded = load_tokenizer(checkpoint)
+    tokenizer = write_tokenizer(checkpoint, loaded, work.folder)
+    source = work.source(tokenizer.file)
+    work.stages.begin("trace")
     module = _explain(
-        checkpoint, lambda: build_module(checkpoint, source.module, getattr(torch, dtype), options.pooling)
+        checkpoint, lambda: build_module(checkpoint, source.module, work.torch_dtype, work.options.pooling)
     )
-    check_free_space(folder, int(source.num_bytes * 1.02))
-    with WeightsWriter(folder / WEIGHTS_FILE, source) as writer, uncollected():
+
+    def make() -> dict[str, ir.Model]:
         traced = _explain(checkpoint, lambda: trace_encoder(module))
-        stages.begin("rewrite")
-        graph = encoder_graph(traced)
-        stages.begin("write")
-        write_graphs(folder, {"encoder.onnx": graph}, writer, source, stages.reporter.advance)
-    info = _explain(checkpoint, lambda: describe_encoder(checkpoint, module, graph, load_tokenizer(checkpoint)))
+        work.stages.begin("rewrite")
+        return {"encoder": encoder_graph(traced)}
+
+    graphs, hashed = work.write(source, make)
+    info = _explain(checkpoint, lambda: describe_encoder(checkpoint, module, graphs["encoder"], loaded))
     rows, width = _embedding_shape(source)
-    layers = next(
-        (
-            v
-            for n in ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-            if (v := getattr(checkpoint.config, n, None))
-        ),
-        0,
-    )
-    return Manifest(
+    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    layers = next((v for name in names if (v := getattr(checkpoint.config, name, None))), 0)
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
         family="encoder",
-        name=checkpoint.short_name,
-        target=target.name,
-        dtype=dtype,
-        model=ModelInfo(
-            info.max_length,
-            rows,
-            width,
-            int(layers),
-            source.num_parameters,
-        ),
-        graphs={"encoder": describe_graph("encoder.onnx", graph, [])},
+        model=ModelInfo(info.max_length, rows, width, int(layers), source.num_parameters),
         state=[],
         tokenizer=tokenizer,
         generation={},
-        source=_source_info(checkpoint, options, source),
-        created_by=_versions(),
-        verification=Verification("skipped", reason="not verified yet"),
-        files=hash_files(folder, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}),
-        min_onnxruntime=target.min_onnxruntime,
         encoder=info,
     )
 
@@ -301,10 +316,6 @@ def _embedding_shape(source: SourceModel) -> tuple[int, int]:
     return int(table.shape[0]), int(table.shape[1])
 
 
-def _hidden_size(source: SourceModel) -> int:
-    return _embedding_shape(source)[1]
-
-
 def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
     return [
         StateTensor(
@@ -341,7 +352,8 @@ def _verified(
     reason = "--no-verify was given" if not options.verify else cannot_verify(manifest)
     if reason is not None:
         return replace(manifest, verification=Verification("skipped", reason=reason))
-    from llmx.runtime.llm import open_backend, open_encoder
+    from llmx.runtime.backend import open_backend
+    from llmx.runtime.encoder import open_encoder
 
     if manifest.encoder is not None:
         from llmx.export.encoder import verify_encoder

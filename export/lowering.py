@@ -18,6 +18,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import onnx_ir as ir
@@ -110,15 +111,21 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` meanwhile."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextlib.contextmanager
 def _no_bookkeeping() -> Iterator[None]:
     """No source line for each traced node, and no Python source of each intermediate graph."""
-    before = fx_config.do_not_emit_stack_traces
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        with _use_lazy_graph_module(True), uncollected():
-            yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
+    with _replaced(fx_config, "do_not_emit_stack_traces", True), _use_lazy_graph_module(True), uncollected():
+        yield
 
 
 @contextlib.contextmanager
@@ -135,8 +142,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@contextlib.contextmanager
-def _remembered_contiguity() -> Iterator[None]:
+def _remembered_contiguity() -> AbstractContextManager[None]:
     """Answer "is it contiguous?" once for each symbolic shape and stride.
 
     Tracers ask several times for each node, and each answer multiplies and compares symbols: a fifth of a trace's time.
@@ -154,15 +160,10 @@ def _remembered_contiguity() -> Iterator[None]:
             answers[asked] = original(sizes, strides, false_if_dde)
         return answers[asked]
 
-    _prims_common.check_contiguous_sizes_strides = remembered
-    try:
-        yield
-    finally:
-        _prims_common.check_contiguous_sizes_strides = original
+    return _replaced(_prims_common, "check_contiguous_sizes_strides", remembered)
 
 
-@contextlib.contextmanager
-def _fast_promotion() -> Iterator[None]:
+def _fast_promotion() -> AbstractContextManager[None]:
     interpreter = type_promotion._TypePromotionInterpreter
     original = interpreter.run_node
 
@@ -175,15 +176,10 @@ def _fast_promotion() -> Iterator[None]:
                 self._maybe_promote_node(node, rule)
         return node.meta["val"]
 
-    interpreter.run_node = run_node
-    try:
-        yield
-    finally:
-        interpreter.run_node = original
+    return _replaced(interpreter, "run_node", run_node)
 
 
-@contextlib.contextmanager
-def _fast_decomposition() -> Iterator[None]:
+def _fast_decomposition() -> AbstractContextManager[None]:
     original = _fx_passes.decompose_with_registry
 
     def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
@@ -191,11 +187,7 @@ def _fast_decomposition() -> Iterator[None]:
             return original(program, registry)
         return program
 
-    _fx_passes.decompose_with_registry = decompose
-    try:
-        yield
-    finally:
-        _fx_passes.decompose_with_registry = original
+    return _replaced(_fx_passes, "decompose_with_registry", decompose)
 
 
 def _decompose(program: torch.export.ExportedProgram, registry: Any) -> bool:

@@ -14,14 +14,13 @@ TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
-def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> TokenizerInfo:
-    """Write `tokenizer.json` and the chat templates into `folder`.
+def write_tokenizer(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> TokenizerInfo:
+    """Write `tokenizer` (of load_tokenizer) as `tokenizer.json` and the chat templates into `folder`.
 
     The file is what transformers' loaded tokenizer holds rather than a copy of the checkpoint's: transformers applies
     settings of tokenizer_config.json to it, and converts the slow formats. Raises CheckpointError when there is no
     tokenizer and UnsupportedModelError when there is no way to convert it.
     """
-    tokenizer = load_tokenizer(checkpoint)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModelError(

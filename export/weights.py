@@ -129,7 +129,7 @@ class SourceModel:
 
     @property
     def num_bytes(self) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.module.parameters())
+        return sum(parameter.nbytes for parameter in self.module.parameters())
 
 
 def build_source(checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None) -> SourceModel:

@@ -39,8 +39,8 @@ class WeightsWriter:
         self.sha256, self.size = "", 0
         self._source = source
         self._parameters = dict(source.module.named_parameters())
-        self._large = [n for n, p in self._parameters.items() if p.numel() * p.element_size() >= INLINE_BELOW]
-        self._total = sum(self._bytes(name) for name in self._large)
+        self._large = [n for n, p in self._parameters.items() if p.nbytes >= INLINE_BELOW]
+        self._total = sum(self._parameters[name].nbytes for name in self._large)
         self._done = 0
         self._spans: dict[str, Span] = {}
         self._hash: Any = hashlib.sha256()
@@ -61,9 +61,6 @@ class WeightsWriter:
         self._thread.join()
         self._file.close()
 
-    def _bytes(self, name: str) -> int:
-        return self._parameters[name].numel() * self._parameters[name].element_size()
-
     def _run(self) -> None:
         try:
             with torch.no_grad():
@@ -79,7 +76,7 @@ class WeightsWriter:
             start = self._start()
             for chunk in self._source.chunks(name, self._parameters[name]):
                 self._append(chunk)
-            self._end(name, start, self._bytes(name))
+            self._end(name, start, self._parameters[name].nbytes)
 
     def _sync(self) -> None:
         self._file.flush()
@@ -110,7 +107,7 @@ class WeightsWriter:
             self._thread.join(0.1)
         if self._error is not None:
             raise self._error
-        unused = sum(self._bytes(name) for name in self._large if name not in used)
+        unused = sum(self._parameters[name].nbytes for name in self._large if name not in used)
         if unused > _MOST_UNUSED * self._total:
             self._file.seek(0)
             self._file.truncate()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from llmx.runtime.dtypes import numpy_dtype
 from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
-from llmx.runtime.providers import Device, import_onnxruntime
-from llmx.runtime.state import StatePool
+from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
+from llmx.runtime.sessions import SessionSettings, open_sessions
+from llmx.runtime.state import StatePool, plan_state
 
 _KEPT_PREFILL_STEPS = 8
 
@@ -173,3 +175,33 @@ def _ort_value(ort: Any, array: np.ndarray) -> Any:
     from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as CValue  # bfloat16: numpy does not know it
 
     return ort.OrtValue(CValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16))
+
+
+def open_backend(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "auto",
+    max_length: int | None = None,
+    slots: int = 1,
+    threads: int | None = None,
+    spin: bool = True,
+    mapped_cache: bool = True,
+    cache_dir: Path | None = None,
+) -> OrtBackend:
+    """Sessions and state of a package. Memory is checked before anything is allocated."""
+    resolved = resolve_device(device)
+    plan = plan_state(manifest, max_length, slots)
+    sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
+    return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
+
+
+def score_tokens(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
+    """Log-probabilities of ids[1:], running the text through slot 0 in chunks."""
+    scores: list[float] = []
+    for start in range(0, len(ids) - 1, chunk):
+        end = min(start + chunk, len(ids) - 1)
+        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start)).astype(np.float32)
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = np.take_along_axis(logits, ids[start + 1 : end + 1, None], axis=1)[:, 0]
+        scores += (chosen - np.log(np.exp(logits).sum(axis=1, dtype=np.float64))).tolist()
+    return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ import numpy as np
 from llmx.runtime.dtypes import numpy_dtype
 from llmx.runtime.errors import ContextLengthError, FamilyError, LlmxError, PackageError, RequestError
 from llmx.runtime.manifest import EncoderInfo, Manifest
+from llmx.runtime.providers import resolve_device
+from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.tokenizer import Tokenizer
 
 Text = str | tuple[str, str]  # a text, or a pair that the tokenizer joins
@@ -240,13 +242,14 @@ class Encoder:
         """(index, output of that row), computed in batches of similar length so that little is padding."""
         if batch_size < 1:
             raise RequestError(f"batch_size must be at least 1, and is {batch_size}.")
-        waiting = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-        while waiting:
-            longest = len(rows[waiting[0]].ids)
-            size = max(1, min(batch_size, _BATCH_TOKENS // longest))
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+        start = 0
+        while start < len(order):
+            longest = len(rows[order[start]].ids)
+            chosen = order[start : start + max(1, min(batch_size, _BATCH_TOKENS // longest))]
             if not self.info.padding:
-                size = min(size, sum(len(rows[i].ids) == longest for i in waiting))
-            chosen, waiting = waiting[:size], waiting[size:]
+                chosen = [i for i in chosen if len(rows[i].ids) == longest]
+            start += len(chosen)
             results = self.run(self._feeds([rows[i] for i in chosen]), [output])[output]
             yield from zip(chosen, results, strict=True)
 
@@ -281,10 +284,22 @@ class _Row:
 
 
 def _activate(x: np.ndarray, kind: str | None) -> np.ndarray:
-    activations: dict[str | None, Callable[[np.ndarray], np.ndarray]] = {
-        "softmax": lambda v: (
-            np.exp(v - v.max(-1, keepdims=True)) / np.exp(v - v.max(-1, keepdims=True)).sum(-1, keepdims=True)
-        ),
-        "sigmoid": lambda v: 1 / (1 + np.exp(-v)),
-    }
-    return activations.get(kind, lambda v: v)(x)
+    if kind == "softmax":
+        weights = np.exp(x - x.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True)
+    return 1 / (1 + np.exp(-x)) if kind == "sigmoid" else x
+
+
+def open_encoder(
+    folder: Path,
+    manifest: Manifest,
+    device: str = "auto",
+    threads: int | None = None,
+    spin: bool = True,
+    mapped_cache: bool = True,
+    cache_dir: Path | None = None,
+) -> Encoder:
+    """The session of an encoder package with its tokenizer."""
+    settings = SessionSettings(threads, spin, mapped_cache, cache_dir)
+    sessions = open_sessions(folder, manifest, resolve_device(device), settings)
+    return Encoder(folder, manifest, sessions["encoder"], Tokenizer.load(folder, manifest.tokenizer))

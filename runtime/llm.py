@@ -12,55 +12,19 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from llmx.runtime.backend import Backend, OrtBackend
+from llmx.runtime.backend import Backend, open_backend, score_tokens
 from llmx.runtime.chat import ChatTemplate
-from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel
+from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel, open_encoder
 from llmx.runtime.engine import Engine
 from llmx.runtime.errors import ClosedError, ContextLengthError, FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.providers import resolve_device
 from llmx.runtime.scheduler import Request
-from llmx.runtime.sessions import SessionSettings, open_sessions
-from llmx.runtime.state import StatePool, plan_state
 from llmx.runtime.tokenizer import Tokenizer
 
 Prompt = str | Seq[int]
-
-
-def open_backend(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "auto",
-    max_length: int | None = None,
-    slots: int = 1,
-    threads: int | None = None,
-    spin: bool = True,
-    mapped_cache: bool = True,
-    cache_dir: Path | None = None,
-) -> OrtBackend:
-    """Sessions and state of a package. Memory is checked before anything is allocated."""
-    resolved = resolve_device(device)
-    plan = plan_state(manifest, max_length, slots)
-    sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
-    return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
-
-
-def open_encoder(
-    folder: Path,
-    manifest: Manifest,
-    device: str = "auto",
-    threads: int | None = None,
-    spin: bool = True,
-    mapped_cache: bool = True,
-    cache_dir: Path | None = None,
-) -> Encoder:
-    """The session of an encoder package with its tokenizer."""
-    settings = SessionSettings(threads, spin, mapped_cache, cache_dir)
-    sessions = open_sessions(folder, manifest, resolve_device(device), settings)
-    return Encoder(folder, manifest, sessions["encoder"], Tokenizer.load(folder, manifest.tokenizer))
 
 
 class LLM:
@@ -271,7 +235,7 @@ class LLM:
                     f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
                 )
             with self._exclusive():
-                results.append(_score(self.backend, np.array(ids, np.int64), self.prefill_chunk))
+                results.append(score_tokens(self.backend, np.array(ids, np.int64), self.prefill_chunk))
         return results
 
     def warmup(self) -> None:
@@ -430,15 +394,3 @@ def _output(request: Request) -> RequestOutput:
     return RequestOutput(
         request.id, request.prompt, request.prompt_ids, outputs, request.metrics, True, request.prompt_logprobs
     )
-
-
-def _score(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
-    """Log-probabilities of ids[1:], running the text through slot 0 in chunks."""
-    scores: list[float] = []
-    for start in range(0, len(ids) - 1, chunk):
-        end = min(start + chunk, len(ids) - 1)
-        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start)).astype(np.float32)
-        logits -= logits.max(axis=1, keepdims=True)
-        chosen = np.take_along_axis(logits, ids[start + 1 : end + 1, None], axis=1)[:, 0]
-        scores += (chosen - np.log(np.exp(logits).sum(axis=1, dtype=np.float64))).tolist()
-    return scores

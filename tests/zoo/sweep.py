@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "coverage.md"
 NEW_TOKENS = 48
 MASKED = " (masked LM)"
 TIME_LIMIT = 300
-MEMORY_LIMIT = 10 << 30
+ADDRESS_LIMIT = 30 << 30  # of virtual memory, bytes
 
 
 def causal_types() -> list[str]:
@@ -46,14 +46,35 @@ def masked_types() -> list[str]:
     return sorted(f"{name}{MASKED}" for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 
 
+def _export(model: Any, folder: Path, task: str) -> tuple[dict[str, Any], Any]:
+    """(what is known of `model`, its ExportResult), or with the refusal and None."""
+    from llmx.export import ExportOptions, export_model
+    from llmx.runtime.errors import LlmxError, VerificationError
+
+    from zoo.models import save_checkpoint
+
+    entry: dict[str, Any] = {
+        "architecture": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    save_checkpoint(model, folder / "checkpoint")
+    try:
+        return entry, export_model(ExportOptions(str(folder / "checkpoint"), folder / "package", task=task))
+    except VerificationError as error:
+        reason, result = f"verification: {_line(error)}", "refused"
+    except LlmxError as error:
+        reason, result = _line(error), "refused"
+    except Exception as error:
+        reason, result = f"{type(error).__name__}: {_line(error)}", "crashed"
+    return {**entry, "result": result, "reason": reason}, None
+
+
 def examine_masked(model_type: str, folder: Path) -> dict[str, Any]:
     """An encoder with its masked-LM head: "exact" where a padded batch's logits equal PyTorch's rows within 1e-4."""
     import torch
-    from llmx.export import ExportOptions, export_model
-    from llmx.runtime.errors import LlmxError
     from transformers import AutoModelForMaskedLM
 
-    from zoo.models import save_checkpoint, widen
+    from zoo.models import widen
     from zoo.shrink import VOCAB, shrink
 
     torch.set_num_threads(1)
@@ -66,29 +87,20 @@ def examine_masked(model_type: str, folder: Path) -> dict[str, Any]:
             model(input_ids=torch.randint(1, VOCAB, (1, 61)), attention_mask=torch.ones(1, 61, dtype=torch.long))
     except Exception as error:
         return {"result": "pytorch", "reason": _line(error)}
-    entry: dict[str, Any] = {
-        "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    save_checkpoint(model, folder / "checkpoint")
-    options = ExportOptions(str(folder / "checkpoint"), folder / "package", task="fill-mask")
-    try:
-        manifest = export_model(options).manifest
-    except LlmxError as error:
-        return {**entry, "result": "refused", "reason": _line(error)}
-    return {**entry, "result": "exact", "reason": "", "max_abs_diff": manifest.verification.max_abs_diff}
+    entry, made = _export(model, folder, "fill-mask")
+    if made is None:
+        return entry
+    return {**entry, "result": "exact", "reason": "", "max_abs_diff": made.manifest.verification.max_abs_diff}
 
 
 def examine(model_type: str, folder: Path) -> dict[str, Any]:
     """result: "exact", "refused" (with the reason), "wrong", or "pytorch" (PyTorch itself does not run it small)."""
     import torch
-    from llmx.export import ExportOptions, export_model
     from llmx.export.verify import greedy
     from llmx.runtime import LLM, SamplingParams
-    from llmx.runtime.errors import LlmxError, VerificationError
     from transformers import AutoModelForCausalLM
 
-    from zoo.models import save_checkpoint, widen
+    from zoo.models import widen
     from zoo.shrink import VOCAB, shrink
 
     torch.set_num_threads(1)
@@ -103,21 +115,11 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
         expected = [greedy(model, p, NEW_TOKENS)[0, p.shape[1] :].tolist() for p in prompts]
     except Exception as error:
         return {"result": "pytorch", "reason": _line(error)}
-    entry: dict[str, Any] = {
-        "architecture": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    save_checkpoint(model, folder / "checkpoint")
-    try:
-        package = export_model(ExportOptions(str(folder / "checkpoint"), folder / "package")).path
-    except VerificationError as error:
-        return {**entry, "result": "refused", "reason": f"verification: {_line(error)}"}
-    except LlmxError as error:
-        return {**entry, "result": "refused", "reason": _line(error)}
-    except Exception as error:
-        return {**entry, "result": "crashed", "reason": f"{type(error).__name__}: {_line(error)}"}
+    entry, made = _export(model, folder, "auto")
+    if made is None:
+        return entry
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
-    with LLM(package, slots=3, prefill_chunk=16, threads=1) as llm:
+    with LLM(made.path, slots=3, prefill_chunk=16, threads=1) as llm:
         layouts = sorted({t.layout for t in llm.manifest.state})
         ids = [p[0].tolist() for p in prompts]
         single = [llm.generate(p, params)[0].outputs[0].token_ids for p in ids]
@@ -151,7 +153,7 @@ def _line(error: BaseException) -> str:
 
 
 def _child(model_type: str) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT * 3, MEMORY_LIMIT * 3))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_LIMIT, ADDRESS_LIMIT))
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
