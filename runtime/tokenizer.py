@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +18,21 @@ REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+@contextlib.contextmanager
+def _valid_text() -> Iterator[None]:
+    try:
+        yield
+    except TypeError:  # also where a string holds half of a surrogate pair
+        raise RequestError("A prompt must be text in valid Unicode (no lone surrogates).") from None
+
+
 class Tokenizer:
     """`tokenizer.json` with the package's special tokens; encodes and decodes as transformers' fast tokenizers do."""
 
     def __init__(self, backend: Any, info: TokenizerInfo) -> None:
         """`backend` is a `tokenizers.Tokenizer` that neither pads nor truncates."""
         self._backend = backend
-        self._truncation = threading.Lock()  # a setting of the backend, not of a call
+        self._truncating: dict[int, Any] = {}
         self.info = info
         #: Ids that `skip_special_tokens` leaves out of the text.
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -67,12 +75,10 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, without padding. Raises RequestError for what is not valid Unicode text."""
         texts = list(texts)
-        try:
+        with _valid_text():
             if len(texts) == 1:
                 return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
             encodings = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-        except TypeError:  # also where a string holds half of a surrogate pair
-            raise RequestError("A prompt must be text in valid Unicode (no lone surrogates).") from None
         return [encoding.ids for encoding in encodings]
 
     def encode_pair(
@@ -80,18 +86,22 @@ class Tokenizer:
     ) -> tuple[list[int], list[int], list[str], list[tuple[int, int]], list[bool]]:
         """(ids, type ids, tokens, character offsets, whether special) of a text or a pair, with special tokens.
 
-        More than `max_length` tokens are cut as transformers cuts them: the longest of a pair first.
+        More than `max_length` tokens are cut as transformers cuts them: the longest of a pair first. Raises RequestError
+        for what is not valid Unicode text.
         """
-        plain = self._backend.encode(first, second, add_special_tokens=True)
-        if max_length is not None and len(plain.ids) > max_length:
-            with self._truncation:
-                self._backend.enable_truncation(max_length)
-                try:
-                    plain = self._backend.encode(first, second, add_special_tokens=True)
-                finally:
-                    self._backend.no_truncation()
-        special = [bool(flag) for flag in plain.special_tokens_mask]
-        return plain.ids, plain.type_ids, plain.tokens, plain.offsets, special
+        backend = self._backend if max_length is None else self._cutting(max_length)
+        with _valid_text():
+            encoding = backend.encode(first, second, add_special_tokens=True)
+        special = [bool(flag) for flag in encoding.special_tokens_mask]
+        return encoding.ids, encoding.type_ids, encoding.tokens, encoding.offsets, special
+
+    def _cutting(self, max_length: int) -> Any:
+        """A copy of the backend that truncates: a setting of the backend, which other calls must not see."""
+        if max_length not in self._truncating:
+            backend = type(self._backend).from_str(self._backend.to_str())
+            backend.enable_truncation(max_length)
+            self._truncating[max_length] = backend
+        return self._truncating[max_length]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """transformers' `decode`, its optional clean-up of spaces before punctuation included.

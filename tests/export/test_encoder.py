@@ -138,6 +138,9 @@ def test_dense_normalisation_matryoshka_and_prompts(tmp_path: Path) -> None:
         assert llm.max_length == 16 and len(llm.hidden_states(TEXTS[2])[0]) == 16
         with pytest.raises(ContextLengthError, match="the model takes 16"):
             llm.embed(TEXTS[2], truncate=False)
+        assert len(llm.tokenizer.encode(TEXTS[2])) > 16  # truncation is not left on the tokenizer
+        with pytest.raises(RequestError, match="valid Unicode"):
+            llm.embed(["half of a pair: \ud800"])
         with pytest.raises(RequestError, match="between 1 and 20"):
             llm.embed(TEXTS, dimensions=21)
         with pytest.raises(RequestError, match="no prompt named 'other'"):
