@@ -102,17 +102,19 @@ class AsyncLLM:
             if self._stop:
                 return
             try:
-                self.llm.drive(lambda: self._stop or not self.llm.engine.has_work)
+                self.llm._driver.drive(lambda: self._stop or not self.llm._driver.has_work)
             except ClosedError:
                 return
 
     async def aclose(self) -> None:
-        """Stop the thread after the step in progress and close the LLM; unfinished requests end as aborted."""
-        for request in list(self.llm.engine._live):
-            self.llm.engine.cancel(request)
+        """Stop the thread after the step in progress and close the LLM; unfinished requests get ClosedError."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
         self._stop = True
         self._wake.set()
-        await asyncio.to_thread(self._thread.join)
+        self.llm._driver.wake()
+        self._thread.join()
         self.llm.close()
 
     async def __aenter__(self) -> AsyncLLM:

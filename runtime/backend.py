@@ -9,6 +9,7 @@ import numpy as np
 from llmx.runtime.dtypes import numpy_dtype
 from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+from llmx.runtime.mapped_cache import wanted
 from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.state import StatePool, plan_state
@@ -22,9 +23,15 @@ class Backend(Protocol):
     slots: int
     max_length: int
     vocab_size: int
+    recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
 
-    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
         """Run int64 [n] tokens at positions `start` … `start + n - 1` of `slot`.
+
+        `prompt_length`: of the prompt that they are a chunk of, which some models' rotary factors depend on (default:
+        the prompt ends with them).
 
         Returns logits [k, vocab] of the k asked columns (int64 [k], each in 0 … n-1); k may be 0. The array may be
         overwritten by the next call.
@@ -56,6 +63,7 @@ class OrtBackend:
         self.manifest = manifest
         self.slots, self.max_length = state.plan.slots, state.plan.max_length
         self.vocab_size = manifest.model.vocab_size
+        self.recompute_at = manifest.model.recompute_at
         self._sessions = sessions
         self._state = state
         self._device = device
@@ -63,7 +71,9 @@ class OrtBackend:
         self._run_options = import_onnxruntime().RunOptions()
         self._prefill_steps: dict[tuple[int, int, int], _Step] = {}
 
-    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
         count = len(token_ids)
         assert start >= 0 and start + count <= self.max_length and 0 <= slot < self.slots
         step = self._prefill_step(slot, count, len(positions))
@@ -73,6 +83,7 @@ class OrtBackend:
         step.feed("seqlens_k", start + count - 1)
         step.feed("total_sequence_length", start + count)
         step.feed("query_seqlens", count)
+        step.feed("rope_lengths", np.maximum(prompt_length or start + count, np.arange(start, start + count) + 1)[None])
         return step.run(self._run_options)[0]
 
     def _prefill_step(self, slot: int, count: int, asked: int) -> _Step:
@@ -100,6 +111,7 @@ class OrtBackend:
         step.feed("position_ids", lengths[:, None])
         step.feed("seqlens_k", lengths)
         step.feed("total_sequence_length", lengths.max() + 1)
+        step.feed("rope_lengths", lengths[:, None] + 1)
         return step.run(self._run_options)[:, 0]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
@@ -190,9 +202,18 @@ def open_backend(
 ) -> OrtBackend:
     """Sessions and state of a package. Memory is checked before anything is allocated."""
     resolved = resolve_device(device)
-    plan = plan_state(manifest, max_length, slots)
+    # mapped weights are the page cache's, which gives them back; otherwise each graph keeps its own prepacked copy
+    mapped = resolved.kind == "cpu" and mapped_cache and wanted(manifest)
+    weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
+    plan = plan_state(manifest, max_length, slots, weights=0 if mapped else weights * len(manifest.graphs))
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
+
+
+def recompute(backend: Backend, slot: int, token_ids: np.ndarray, chunk: int) -> None:
+    """Compute the state of a slot's tokens (int64 [n]) anew, as that of a sequence one token longer."""
+    for start in range(0, len(token_ids), chunk):
+        backend.prefill(slot, token_ids[start : start + chunk], start, np.zeros(0, np.int64), len(token_ids) + 1)
 
 
 def score_tokens(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
@@ -200,7 +221,7 @@ def score_tokens(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
     scores: list[float] = []
     for start in range(0, len(ids) - 1, chunk):
         end = min(start + chunk, len(ids) - 1)
-        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start)).astype(np.float32)
+        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start), len(ids)).astype(np.float32)
         logits -= logits.max(axis=1, keepdims=True)
         chosen = np.take_along_axis(logits, ids[start + 1 : end + 1, None], axis=1)[:, 0]
         scores += (chosen - np.log(np.exp(logits).sum(axis=1, dtype=np.float64))).tolist()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from llmx.runtime.backend import Backend
+from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
@@ -31,6 +31,7 @@ class Engine:
         self._live: list[Request] = []
         self._lock = threading.Lock()
         self._ids = itertools.count()
+        self._ended: Callable[[], LlmxError] | None = None
 
     def add(
         self,
@@ -40,11 +41,8 @@ class Engine:
         emit: Callable[[StreamPiece], None] | None = None,
     ) -> Request:
         """Queue a request (`params` resolved). Raises RequestError or ContextLengthError at once where it cannot run."""
-        if not prompt_ids:
-            raise RequestError("The prompt is empty; give at least one token of text.")
+        self.check_ids(prompt_ids)
         vocab, longest = self.backend.vocab_size, self.backend.max_length
-        if min(prompt_ids) < 0 or max(prompt_ids) >= vocab:
-            raise RequestError(f"Prompt token ids must lie between 0 and {vocab - 1}.")
         if max(params.stop_token_ids, default=0) >= vocab:
             raise RequestError(f"stop_token_ids must lie between 0 and {vocab - 1}.")
         if len(prompt_ids) >= longest:
@@ -71,8 +69,17 @@ class Engine:
         request.metrics.arrival = time.perf_counter()
         request.metrics.num_prompt_tokens = len(prompt_ids)
         with self._lock:
+            if self._ended is not None:
+                raise self._ended()
             self._arrivals.append(request)
         return request
+
+    def check_ids(self, prompt_ids: list[int]) -> None:
+        """Raises RequestError unless there is a token, and all are of the vocabulary."""
+        if not prompt_ids:
+            raise RequestError("The prompt is empty; give at least one token of text.")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self.backend.vocab_size:
+            raise RequestError(f"Prompt token ids must lie between 0 and {self.backend.vocab_size - 1}.")
 
     def cancel(self, request: Request) -> None:
         """End a request; its slots are free before the next step runs."""
@@ -82,16 +89,42 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._arrivals or self._live)
 
-    def step(self) -> None:
-        """One scheduling round. A failure of the backend ends the requests that it ran and is raised to their callers."""
-        self._admit()
-        plan = self.scheduler.plan()
+    def step(self, admit: bool = True) -> None:
+        """One scheduling round; `admit=False` gives no slot to a request that waits for one.
+
+        A failure ends the requests that it may have touched and is raised to their callers, not here: who steps may be
+        another caller. An interrupt (KeyboardInterrupt) leaves the state half-changed, so it ends them too, and is raised.
+        """
         try:
-            self._execute(plan)
-        except LlmxError as error:
-            for request in list(self._live):
-                self._fail(request, error)
+            self._admit(admit)
+            self._execute(self.scheduler.plan(admit))
+        except Exception as error:
+            ran = [r for r in self._live if any(s.slot is not None for s in r.sequences)]
+            self._end(error, ran or self._live)
+        except BaseException as error:
+            with self._lock:
+                arrivals, self._arrivals = self._arrivals, []
+            self.scheduler.clear()
+            reason = LlmxError(
+                f"The step that ran this request was interrupted ({type(error).__name__}); send it again."
+            )
+            self._end(reason, [*self._live, *arrivals])
+            raise
         self._live = [request for request in self._live if not request.finished]
+
+    def end_all(self, kind: type[LlmxError], reason: str) -> None:
+        """End every request, running or queued, with `kind(reason)`, and refuse later ones. No step may be in progress."""
+        with self._lock:
+            self._ended = lambda: kind(reason)
+            arrivals, self._arrivals = self._arrivals, []
+        for request in [*self._live, *arrivals]:
+            self._end(kind(reason), [request])
+        self._live = []
+
+    def _end(self, error: BaseException, requests: list[Request]) -> None:
+        for request in list(requests):
+            if not request.finished:
+                self._fail(request, error)
 
     def _execute(self, plan: Plan) -> None:
         for sequence, slot in plan.moves:
@@ -107,11 +140,12 @@ class Engine:
         if plan.decode:
             self._decode(plan.decode)
 
-    def _admit(self) -> None:
-        with self._lock:
-            arrivals, self._arrivals = self._arrivals, []
+    def _admit(self, arrived: bool) -> None:
+        """Take over what has arrived, and end what was cancelled."""
         now = time.perf_counter()
-        for request in arrivals:
+        while arrived and self._arrivals:
+            with self._lock:
+                request = self._arrivals.pop(0)
             self._live.append(request)
             self.scheduler.add(request)
             request.metrics.scheduled = now
@@ -128,7 +162,7 @@ class Engine:
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
         asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
-        logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked)
+        logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
         sequence.num_cached = plan.end
         if scored:
             self._note_prompt_logprobs(sequence, logits, plan.start)
@@ -141,11 +175,14 @@ class Engine:
     def _decode(self, sequences: list[Sequence]) -> None:
         rows = self.scheduler.pool.num_rows
         tokens, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        for (
-            idle
-        ) in self.scheduler.pool.held():  # a row in prefill keeps its length: what it writes there is overwritten
+        for idle in self.scheduler.pool.held():
+            # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
         for sequence in sequences:
+            if sequence.num_cached == self.backend.recompute_at:
+                assert sequence.slot is not None
+                cached = np.array(sequence.tokens[: sequence.num_cached], np.int64)
+                recompute(self.backend, sequence.slot, cached, self.scheduler.prefill_chunk)
             tokens[sequence.slot] = sequence.tokens[-1]
             lengths[sequence.slot] = sequence.num_cached
         logits = self.backend.decode(tokens, lengths)
@@ -242,9 +279,18 @@ class Engine:
             piece = StreamPiece(
                 text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics
             )
-            request.emit(piece)
+            self._send(request, piece)
 
-    def _fail(self, request: Request, error: LlmxError) -> None:
+    @staticmethod
+    def _send(request: Request, piece: StreamPiece) -> None:
+        """Hand `piece` over. A receiver that fails (its event loop is closed) ends its own request alone."""
+        assert request.emit is not None
+        try:
+            request.emit(piece)
+        except Exception:
+            request.emit, request.cancelled = None, True
+
+    def _fail(self, request: Request, error: BaseException) -> None:
         request.error = error
         request.prompt_logits = None
         for sequence in request.sequences:
@@ -253,4 +299,4 @@ class Engine:
                 self.scheduler.drop(sequence)
         request.metrics.finished = time.perf_counter()
         if request.emit is not None:
-            request.emit(StreamPiece("", [], 0, "abort"))
+            self._send(request, StreamPiece("", [], 0, "abort"))

@@ -12,6 +12,8 @@ class FakeBackend:
     written, raises AssertionError: a scheduler that mixes up slots or positions does not go unnoticed.
     """
 
+    recompute_at: int | None = None
+
     def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32) -> None:
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
@@ -39,7 +41,9 @@ class FakeBackend:
         del written[position:]
         written.append(token)
 
-    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray) -> np.ndarray:
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
         self.num_prefills += 1
         for offset, token in enumerate(token_ids):
             self._write(slot, start + offset, int(token))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import threading
+import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 from llmx.runtime.backend import Backend, open_backend, score_tokens
 from llmx.runtime.chat import ChatTemplate
+from llmx.runtime.driver import Driver, PieceStream
 from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel, open_encoder
 from llmx.runtime.engine import Engine
-from llmx.runtime.errors import ClosedError, ContextLengthError, FamilyError, RequestError
+from llmx.runtime.errors import ContextLengthError, FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
@@ -71,10 +71,7 @@ class LLM:
         folder = resolve_package(model, revision)
         manifest = load_manifest(folder)
         cache = Path(cache_dir) if cache_dir is not None else None
-        self._turn = threading.Condition()
-        self._driving = False
-        self._closed = False
-        self._pid = os.getpid()
+        self._driver = Driver()
         self.encoder: Encoder | None = None
         if manifest.family == "encoder":
             self.folder, self.manifest = folder, manifest
@@ -92,7 +89,7 @@ class LLM:
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
-        self.engine = Engine(backend, tokenizer, prefill_chunk)
+        self.engine = self._driver.engine = Engine(backend, tokenizer, prefill_chunk)
         self._templates: dict[str, ChatTemplate] = {}
 
     @property
@@ -129,7 +126,7 @@ class LLM:
         return self._encoder("fill masks").fill_mask([texts] if isinstance(texts, str) else texts, **options)
 
     def _encoder(self, what: str) -> Encoder:
-        self._check_usable()
+        self._driver.check_usable()
         if self.encoder is None:
             raise FamilyError(
                 f"{self.folder} generates text and does not {what}; use `llmx run`, or export an encoder "
@@ -159,7 +156,7 @@ class LLM:
         each = self._each_params(params, len(many))
         requests = self._submit([(prompt, p, None) for prompt, p in zip(many, each, strict=True)])
         try:
-            self.drive(lambda: all(r.finished for r in requests))
+            self._driver.drive(lambda: all(r.finished for r in requests))
         finally:
             self._abandon(requests)
         for request in requests:
@@ -167,29 +164,14 @@ class LLM:
                 raise request.error
         return [_output(request) for request in requests]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StreamPiece]:
-        """Continue a prompt, yielding text as soon as it is certain. Closing the iterator frees the slot.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> PieceStream:
+        """Continue a prompt, yielding text as soon as it is certain. Closing (or dropping) the iterator frees the slot.
 
         Raises RequestError at the call, not at the first piece.
         """
         pieces: deque[StreamPiece] = deque()
         [request] = self._submit([(prompt, params or SamplingParams(), pieces.append)])
-        return self._pieces(request, pieces)
-
-    def _pieces(self, request: Request, pieces: deque[StreamPiece]) -> Iterator[StreamPiece]:
-        try:
-            while True:
-                self.drive(lambda: bool(pieces) or request.finished)
-                while pieces:
-                    piece = pieces.popleft()
-                    if request.error is None:
-                        yield piece
-                if request.error is not None:
-                    raise request.error
-                if request.finished:
-                    return
-        finally:
-            self._abandon([request])
+        return PieceStream(self._driver, request, pieces)
 
     def chat(
         self,
@@ -198,7 +180,7 @@ class LLM:
         *,
         stream: bool = False,
         **template_variables: Any,
-    ) -> RequestOutput | Iterator[StreamPiece]:
+    ) -> RequestOutput | PieceStream:
         """Answer a conversation through the package's chat template; `stream=True` yields pieces instead."""
         ids = self.chat_ids(messages, **template_variables)
         return self.stream(ids, params) if stream else self.generate([ids], params)[0]
@@ -224,17 +206,18 @@ class LLM:
     def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
         """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.
 
-        Raises ContextLengthError for more than `max_length` tokens.
+        Raises RequestError for a prompt without tokens, ContextLengthError for more than `max_length` of them.
         """
         self.need_generation()
         results = []
         for prompt in _as_list(prompts):
             ids = self._encode(prompt)
+            self.engine.check_ids(ids)
             if len(ids) > self.max_length:
                 raise ContextLengthError(
                     f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
                 )
-            with self._exclusive():
+            with self._driver.at_rest():
                 results.append(score_tokens(self.backend, np.array(ids, np.int64), self.prefill_chunk))
         return results
 
@@ -244,41 +227,18 @@ class LLM:
             ones = np.ones((1, min(16, self.max_length)), np.int64)
             self.encoder.run({"input_ids": ones, "attention_mask": ones, "token_type_ids": ones * 0})
             return
-        with self._exclusive():
+        with self._driver.at_rest():
             self.backend.prefill(
                 0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64)
             )
             self.backend.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
 
-    # -- driving the engine -------------------------------------------------------------------------------------------
-
-    def drive(self, ready: Callable[[], bool]) -> None:
-        """Return once `ready()`; until then step the engine, or wait for the thread that does.
-
-        Invariant: at most one thread steps; each step ends with everyone who waits looking again.
-        """
-        with self._turn:
-            while not ready():
-                self._check_usable()
-                if self._driving or not self.engine.has_work:
-                    self._turn.wait(timeout=1.0)
-                    continue
-                self._driving = True
-                self._turn.release()
-                try:
-                    self.engine.step()
-                finally:
-                    self._turn.acquire()
-                    self._driving = False
-                    self._turn.notify_all()
-
-    def _exclusive(self) -> _Exclusive:
-        return _Exclusive(self)
+    # -- requests -----------------------------------------------------------------------------------------------------
 
     def _submit(
         self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
     ) -> list[Request]:
-        self._check_usable()
+        self._driver.check_usable()
         self.need_generation()
         requests: list[Request] = []
         try:
@@ -289,8 +249,7 @@ class LLM:
         except BaseException:
             self._abandon(requests)
             raise
-        with self._turn:
-            self._turn.notify_all()
+        self._driver.wake()
         return requests
 
     def _abandon(self, requests: list[Request]) -> None:
@@ -301,10 +260,11 @@ class LLM:
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        try:
-            return [int(token) for token in prompt]
-        except (TypeError, ValueError):
-            raise RequestError("A prompt must be text or a list of token ids.") from None
+        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview, Mapping)):
+            tokens = list(prompt)
+            if all(_is_token(token) for token in tokens):
+                return [operator.index(token) for token in tokens]
+        raise RequestError("A prompt must be text or a list of token ids.")
 
     def _each_params(self, params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
@@ -317,24 +277,9 @@ class LLM:
 
     # -- lifetime -----------------------------------------------------------------------------------------------------
 
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise ClosedError("This LLM was closed; create a new one.")
-        if os.getpid() != self._pid:
-            raise ClosedError("This LLM was created before a fork; create one in each process that uses it.")
-
     def close(self) -> None:
         """Free sessions and state, after the step in progress. Waiting callers get ClosedError. Idempotent."""
-        with self._turn:
-            while self._driving:
-                self._turn.wait()
-            if not self._closed and os.getpid() == self._pid:
-                self._closed = True
-                if self.encoder is None:
-                    self.backend.close()
-                else:
-                    self.encoder.close()
-            self._turn.notify_all()
+        self._driver.close(self.backend.close if self.encoder is None else self.encoder.close)
 
     def __enter__(self) -> LLM:
         return self
@@ -345,37 +290,27 @@ class LLM:
         self.close()
 
 
-class _Exclusive:
-    """The engine at rest: waits until no request holds a slot, then keeps others from stepping."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-
-    def __enter__(self) -> None:
-        llm = self._llm
-        llm._check_usable()
-        while True:
-            llm.drive(lambda: not llm.engine.scheduler.pool.held() or llm._closed)
-            with llm._turn:
-                llm._check_usable()
-                if not llm._driving and not llm.engine.scheduler.pool.held():
-                    llm._driving = True
-                    return
-
-    def __exit__(self, *_: object) -> None:
-        with self._llm._turn:
-            self._llm._driving = False
-            self._llm._turn.notify_all()
-
-
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """One prompt or many, as many: a flat list of integers is one prompt."""
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, memoryview, Mapping)):
+        raise RequestError(f"A prompt must be text or a list of token ids, and is of type {type(prompts).__name__}.")
     many = list(prompts)
-    if many and all(isinstance(item, (int, np.integer)) for item in many):
+    if many and all(_is_token(item) for item in many):
         return [many]  # type: ignore[list-item]
     return many  # type: ignore[return-value]
+
+
+def _is_token(item: object) -> bool:
+    """Whether `item` is one integer, Python's or of an array library's, and no truth value."""
+    if isinstance(item, (bool, np.bool_)) or getattr(item, "ndim", 0) != 0:
+        return False
+    try:
+        operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
 
 
 def _output(request: Request) -> RequestOutput:

@@ -41,17 +41,30 @@ def cpu_quota(cgroup: Path = _CGROUP) -> float | None:
 
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
-    """Bytes that can still be allocated without swapping, within the cgroup's limit."""
+    """Bytes that can still be allocated without swapping, within the cgroup's limit (v2 or v1).
+
+    A cgroup counts the page cache as used, and gives its inactive part back when it needs memory.
+    """
     free = int(psutil.virtual_memory().available)
-    for limit_file, used_file in (
-        (cgroup / "memory.max", cgroup / "memory.current"),
-        (cgroup / "memory" / "memory.limit_in_bytes", cgroup / "memory" / "memory.usage_in_bytes"),
+    v1 = cgroup / "memory"
+    for limit_file, used_file, stat_file, reclaimable in (
+        (cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat", "inactive_file"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat", "total_inactive_file"),
     ):
         try:
-            free = min(free, max(0, int(limit_file.read_text()) - int(used_file.read_text())))
+            limit, used = int(limit_file.read_text()), int(used_file.read_text())
         except (OSError, ValueError):
             continue
+        free = min(free, max(0, limit - used + _field(stat_file, reclaimable)))
     return free
+
+
+def _field(file: Path, name: str) -> int:
+    """The number on the line `name N` of a cgroup's file; 0 where there is none."""
+    try:
+        return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.split()[:1] == [name])
+    except (OSError, ValueError, IndexError, StopIteration):
+        return 0
 
 
 def cpu_fingerprint() -> str:

@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from llmx.runtime.errors import PackageError
+from llmx.runtime.manifest_check import check_parts
 
 MANIFEST_FILE = "llmx.json"
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
@@ -26,6 +27,8 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 #: - `total_sequence_length`  int32 scalar on the CPU, the batch's maximum of `seqlens_k + 1`
 #: - `query_seqlens`          int32 [batch], valid tokens of each right-padded row
 #: - `logits_positions`       int64 [batch, asked], columns of `input_ids` whose logits are wanted
+#: - `rope_lengths`           int64 [batch, seq], the length that decides each token's rotary factors: the whole prompt's
+#:                            for a token of the prompt, its position + 1 for a generated one
 #: - `state`                  a past or present tensor, described in `Manifest.state`
 #: - `logits`                 [batch, asked, vocab]; of an encoder [batch, labels] or [batch, seq, labels or vocab]
 #: - `attention_mask`         int64 [batch, seq], 1 for tokens, 0 for the padding on their right (encoders)
@@ -38,6 +41,7 @@ INPUT_ROLES = (
     "total_sequence_length",
     "query_seqlens",
     "logits_positions",
+    "rope_lengths",
     "state",
     "attention_mask",
     "token_type_ids",
@@ -99,11 +103,16 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
+    """Sizes. A sequence that decodes past `recompute_at` positions has its state computed anew first, with the
+    `rope_lengths` of the longer sequence (None: never).
+    """
+
     context_length: int
     vocab_size: int
     hidden_size: int
     num_layers: int
     parameters: int
+    recompute_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,9 +209,7 @@ class Manifest:
                 "upgrade llmx, or export the model again with this version."
             )
         parsed: Manifest = _parse(Manifest, raw, where)
-        needed = {"decoder": "prefill", "encoder": "encoder"}.get(parsed.family)
-        if needed is not None and needed not in parsed.graphs:
-            raise PackageError(f"{where}: graphs.{needed} is missing; export the model again.")
+        check_parts(parsed, where)
         return parsed
 
 
@@ -247,10 +254,14 @@ def _parse_dataclass(kind: Any, raw: dict[str, Any], where: str) -> Any:
         raise PackageError(f"{where} lacks {missing}; the manifest is damaged: export the model again.") from None
 
 
-def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
-    """Read `folder/llmx.json` and check that every file it lists is there with its size (not its hash).
+#: Files up to this size are hashed each time a package is loaded; larger ones (the weights) when their cache is built.
+HASHED_AT_LOAD = 64 << 20
 
-    Raises PackageError: no such folder, no manifest, a newer major version, a missing or truncated file.
+
+def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
+    """Read `folder/llmx.json` and check that every file it lists is there with its size, and, where small, its hash.
+
+    Raises PackageError: no such folder, no manifest, a newer major version, a missing, truncated or altered file.
     """
     if not folder.is_dir():
         raise PackageError(
@@ -262,28 +273,52 @@ def load_manifest(folder: Path, check_sizes: bool = True) -> Manifest:
             " (it looks like a Hugging Face checkpoint: export it first)" if (folder / "config.json").is_file() else ""
         )
         raise PackageError(f"{folder} is not a model package{hint}: it has no {MANIFEST_FILE}; run `llmx export`.")
-    manifest = Manifest.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PackageError(f"{path} is not UTF-8 text; it is damaged: export the model again.") from None
+    except OSError as error:
+        raise PackageError(f"{path} cannot be read ({error.strerror}).") from None
+    manifest = Manifest.from_json(text, str(path))
     if check_sizes:
         for name, info in manifest.files.items():
-            file = folder / name
-            if not file.is_file():
-                raise PackageError(
-                    f"{folder} lacks {name}, which its manifest lists; copy or export the package again."
-                )
-            if file.stat().st_size != info.size:
-                raise PackageError(
-                    f"{file} has {file.stat().st_size:,} bytes and its manifest says {info.size:,}: it was cut short or "
-                    "altered; copy or export the package again."
-                )
+            _check_size(folder, name, info)
+        check_hashes(folder, manifest, HASHED_AT_LOAD)
     return manifest
 
 
-def check_hashes(folder: Path, manifest: Manifest) -> None:
-    """Compare every file's sha256 with the manifest. Raises PackageError naming the first that differs."""
+def _check_size(folder: Path, name: str, info: FileInfo) -> None:
+    if Path(name).name != name:
+        raise PackageError(
+            f"The manifest of {folder} lists {name!r}, which is no file of the package; export it again."
+        )
+    file = folder / name
+    if not file.is_file():
+        raise PackageError(f"{folder} lacks {name}, which its manifest lists; copy or export the package again.")
+    if file.stat().st_size != info.size:
+        raise PackageError(
+            f"{file} has {file.stat().st_size:,} bytes and its manifest says {info.size:,}: it was cut short or "
+            "altered; copy or export the package again."
+        )
+
+
+def check_hashes(folder: Path, manifest: Manifest, at_most: int | None = None) -> None:
+    """Compare the sha256 of every file (of `at_most` bytes) with the manifest. Raises PackageError for the first that
+    differs or cannot be read.
+    """
     for name, info in manifest.files.items():
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != info.sha256:
-            raise PackageError(
-                f"{folder / name} was altered (its sha256 differs from the manifest's); copy or export the package again."
-            )
+        if at_most is None or info.size <= at_most:
+            check_hash(folder / name, info)
+
+
+def check_hash(file: Path, info: FileInfo) -> None:
+    """Raises PackageError where `file` is not the one that `info` describes."""
+    try:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise PackageError(f"{file} cannot be read ({error.strerror}); copy or export the package again.") from None
+    if digest != info.sha256:
+        raise PackageError(
+            f"{file} was altered (its sha256 differs from the manifest's); copy or export the package again."
+        )

@@ -21,19 +21,22 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmx.runtime.machine import cpu_fingerprint
-from llmx.runtime.manifest import Manifest
+from llmx.runtime.manifest import Manifest, check_hashes
 from llmx.runtime.providers import import_onnxruntime
 
 DATA_FILE = "weights.bin"
 COMPLETE = "complete"
 MIN_WEIGHTS = 32 << 20  # smaller packages open faster than the cache helps
 DEFAULT_BOUND = 64 << 30
+_PARTIAL = ".partial-"
+_STALE = 3600.0  # seconds without a write, after which a partial entry's builder is taken for dead
 
 
 def default_cache_dir() -> Path:
@@ -46,6 +49,12 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmx"
 
 
+def wanted(manifest: Manifest) -> bool:
+    """Whether the package is large enough for the cache to help."""
+    weights = manifest.files.get("weights.data")
+    return weights is not None and weights.size >= MIN_WEIGHTS
+
+
 class MappedCache:
     """Owns the folder of entries. `bound`: most bytes that all entries may take together."""
 
@@ -56,15 +65,16 @@ class MappedCache:
     def get(self, package: Path, manifest: Manifest, make_options: Callable[[], Any]) -> dict[str, Path] | None:
         """Graph files of the package's entry, built where missing; None where the package is better opened as it is.
 
-        A cache that cannot be written costs memory, not the run: it warns once and returns None.
+        A cache that cannot be written costs memory, not the run: it warns once and returns None. Raises PackageError where
+        the files to be cached were altered.
         """
-        weights = manifest.files.get("weights.data")
-        if weights is None or weights.size < MIN_WEIGHTS:
+        if not wanted(manifest):
             return None
         entry = self.folder / self.key(manifest)
         names = {name: graph.file for name, graph in manifest.graphs.items()}
         if not self._usable(entry, names):
             shutil.rmtree(entry, ignore_errors=True)
+            check_hashes(package, manifest)  # once for each entry: later opens read what was checked here
             try:
                 self._build(entry, package, names, make_options)
             except Exception as error:  # onnxruntime's failures share no base class; opening the package itself tells
@@ -103,7 +113,7 @@ class MappedCache:
     def _build(self, entry: Path, package: Path, names: dict[str, str], make_options: Callable[[], Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._evict(2 * (package / "weights.data").stat().st_size * len(names))
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.folder))
         try:
             for file in names.values():
                 own = partial / Path(file).stem
@@ -137,9 +147,14 @@ class MappedCache:
         first.rmdir()
 
     def _evict(self, needed: int) -> None:
-        """Remove least recently used entries until `needed` more bytes stay within the bound."""
+        """Remove what died builders left, and least recently used entries until `needed` more bytes stay within the bound."""
         entries = []
         for path in self.folder.iterdir():
+            if path.name.startswith(_PARTIAL):
+                with contextlib.suppress(OSError):
+                    if time.time() - max(p.stat().st_mtime for p in [path, *path.rglob("*")]) > _STALE:
+                        shutil.rmtree(path, ignore_errors=True)
+                continue
             with contextlib.suppress(OSError):
                 size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
                 entries.append(((path / COMPLETE).stat().st_mtime, size, path))

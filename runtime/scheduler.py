@@ -96,6 +96,10 @@ class SlotPool:
         assert sequence.slot is not None and self._held[slot] is None
         self._held[sequence.slot], self._held[slot], sequence.slot = None, sequence, slot
 
+    def clear(self) -> None:
+        """Free every slot."""
+        self._held = [None] * len(self._held)
+
     def held(self) -> list[Sequence]:
         """Holders in slot order."""
         return [holder for holder in self._held if holder is not None]
@@ -154,14 +158,23 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
+    def clear(self) -> None:
+        """Forget everything, even where a slot and its holder no longer name each other; all requests end with it."""
+        for sequence in [*self.waiting, *self.pool.held()]:
+            sequence.slot = None
+        self.waiting.clear()
+        self.pool.clear()
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.pool.held())
 
-    def plan(self) -> Plan:
-        """Decide the next step. Slots change hands here; state moves when the engine executes the plan."""
+    def plan(self, admit: bool = True) -> Plan:
+        """Decide the next step. Slots change hands here (with `admit=False` none is given); state moves when the engine
+        executes the plan.
+        """
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence in list(self.waiting):
+        for sequence in list(self.waiting) if admit else []:
             if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
                 continue  # its sibling is computing the state that this one will copy
             if not self.pool.acquire(sequence):

@@ -10,6 +10,7 @@ from typing import Any
 from llmx.runtime.errors import PackageError
 from llmx.runtime.machine import usable_cpus
 from llmx.runtime.manifest import Manifest
+from llmx.runtime.manifest_check import check_session
 from llmx.runtime.mapped_cache import MappedCache
 from llmx.runtime.providers import Device, import_onnxruntime
 
@@ -52,7 +53,11 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
-    return {name: open_session(path, session_options(settings), device) for name, path in files.items()}
+    sessions = {}
+    for name, path in files.items():
+        sessions[name] = open_session(path, session_options(settings), device)
+        check_session(sessions[name], manifest.graphs[name], path)
+    return sessions
 
 
 def open_session(path: Path, options: Any, device: Device) -> Any:

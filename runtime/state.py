@@ -22,15 +22,28 @@ class StatePlan:
     bytes: int
 
 
-def plan_state(manifest: Manifest, max_length: int | None = None, slots: int = 1, free: int | None = None) -> StatePlan:
+def plan_state(
+    manifest: Manifest,
+    max_length: int | None = None,
+    slots: int = 1,
+    free: int | None = None,
+    weights: int = 0,
+) -> StatePlan:
     """Choose or check the state's size before anything is allocated.
 
-    The default length is what the model's context and half of the free memory allow, at most 4,096. Raises
-    RequestError for lengths past the context, OutOfMemoryError for more than what is free.
+    The default length is what the model's context and half of the free memory allow, at most 4,096. `weights` bytes are
+    still to be loaded and are not free. Raises RequestError for lengths past the context, OutOfMemoryError for more than
+    what is free.
     """
     context = manifest.model.context_length
     per_token = manifest.state_bytes_per_token()
     free = available_memory() if free is None else free
+    if weights > free:
+        raise OutOfMemoryError(
+            f"The weights take {weights / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some memory, use a smaller "
+            "model or dtype, or leave mapped_cache on, which shares them."
+        )
+    free -= weights
     if slots < 1:
         raise RequestError(f"slots must be at least 1, and is {slots}.")
     if max_length is None:

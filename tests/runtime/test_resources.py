@@ -38,6 +38,14 @@ def test_cgroup_limits(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000")
     (tmp_path / "memory.current").write_text("400000")
     assert available_memory(tmp_path) == 600000
+    (tmp_path / "memory.stat").write_text("anon 100000\nfile 300000\ninactive_file 250000\n")
+    assert available_memory(tmp_path) == 850000  # page cache that the kernel gives back counts as free
+    v1 = tmp_path / "memory"
+    v1.mkdir()
+    (v1 / "memory.limit_in_bytes").write_text("500000")
+    (v1 / "memory.usage_in_bytes").write_text("450000")
+    (v1 / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 200000\n")
+    assert available_memory(tmp_path) == 250000
     assert len(cpu_fingerprint()) == 16
 
 
@@ -55,6 +63,9 @@ def test_state_plan(demo: Path) -> None:
     per_token = manifest.state_bytes_per_token()
     assert plan_state(manifest, None, 1, free=10**12).max_length == 1024
     assert plan_state(manifest, None, 4, free=per_token * 4 * 200).max_length == 100  # half of what is free
+    assert plan_state(manifest, None, 4, free=per_token * 4 * 200 + 10**9, weights=10**9).max_length == 100
+    with pytest.raises(OutOfMemoryError, match=r"weights take 2\.00 GB and 1\.00 GB are free"):
+        plan_state(manifest, None, 4, free=10**9, weights=2 * 10**9)
     with pytest.raises(OutOfMemoryError, match="max_length 50 or slots 2 would fit"):
         plan_state(manifest, 100, 4, free=per_token * 200)
     for length in (1, 1025):
@@ -166,4 +177,4 @@ def test_cache_key_depends_on_the_weights(demo: Path, tmp_path: Path) -> None:
     manifest["files"]["weights.data"]["sha256"] = "0" * 64
     (tmp_path / "copy" / "llmx.json").write_text(json.dumps(manifest))
     cache = MappedCache(tmp_path)
-    assert cache.key(load_manifest(demo)) != cache.key(load_manifest(tmp_path / "copy"))
+    assert cache.key(load_manifest(demo)) != cache.key(load_manifest(tmp_path / "copy", check_sizes=False))

@@ -1,0 +1,71 @@
+"""Whether a manifest's parts fit each other, and the graphs that onnxruntime opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmx.runtime.dtypes import itemsize
+from llmx.runtime.errors import PackageError
+
+if TYPE_CHECKING:
+    from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+
+_GRAPHS = {"decoder": ("prefill", "decode"), "encoder": ("encoder",)}
+_STATE_DIMENSIONS = ("slots", "max_length")
+_DIMENSIONS = ("batch", "seq", "asked", *_STATE_DIMENSIONS)
+_AGAIN = "the manifest is damaged: export the model again."
+
+
+def check_parts(manifest: Manifest, where: str) -> None:
+    """Raises PackageError, naming the part, where graphs, state and files do not fit each other.
+
+    What a newer version may have added (another family, layout or dtype) is told apart from damage by whoever uses it.
+    """
+    for name in _GRAPHS.get(manifest.family, ()):
+        if name not in manifest.graphs:
+            raise PackageError(f"{where}: graphs.{name} is missing; {_AGAIN}")
+    for field in ("context_length", "vocab_size"):
+        if getattr(manifest.model, field) < 1:
+            raise PackageError(f"{where}: model.{field} must be at least 1; {_AGAIN}")
+    for name, graph in manifest.graphs.items():
+        if graph.file not in manifest.files:
+            raise PackageError(f"{where}: graphs.{name}.file is {graph.file!r}, which files does not list; {_AGAIN}")
+        for tensor in [*graph.inputs, *graph.outputs]:
+            _check_shape(tensor.shape, _DIMENSIONS, f"{where}: graphs.{name}, {tensor.name}")
+            itemsize(tensor.dtype)
+    for index, tensor in enumerate(manifest.state):
+        _check_shape(tensor.shape, _STATE_DIMENSIONS, f"{where}: state[{index}]")
+        itemsize(tensor.dtype)
+    if manifest.family == "decoder":
+        for name in _GRAPHS["decoder"]:
+            _check_state(manifest.graphs[name], manifest.state, f"{where}: graphs.{name}")
+
+
+def _check_shape(shape: list[int | str], names: tuple[str, ...], where: str) -> None:
+    for dim in shape:
+        if dim not in names if isinstance(dim, str) else dim < 1:
+            raise PackageError(f"{where} has the dimension {dim!r}, which means nothing here; {_AGAIN}")
+
+
+def _check_state(graph: GraphInfo, state: list[StateTensor], where: str) -> None:
+    if [t.role for t in graph.outputs[:1]] != ["logits"]:
+        raise PackageError(f"{where}: its first output is not the logits; {_AGAIN}")
+    for side, tensors, known in (
+        ("input", graph.inputs, {t.input for t in state}),
+        ("output", graph.outputs, {t.output for t in state}),
+    ):
+        names = {t.name for t in tensors if t.role == "state"}
+        for name in sorted(names ^ known):
+            raise PackageError(f"{where}: the {side} {name} is in the graph or in state, and not in both; {_AGAIN}")
+
+
+def check_session(session: Any, graph: GraphInfo, path: object) -> None:
+    """Raises PackageError where the opened graph's inputs or outputs are not those that the manifest lists."""
+    for side, opened, listed in (
+        ("input", session.get_inputs(), graph.inputs),
+        ("output", session.get_outputs(), graph.outputs),
+    ):
+        for name in sorted({t.name for t in opened} ^ {t.name for t in listed}):
+            raise PackageError(
+                f"{path} and the manifest disagree on the {side} {name}: one of them was altered; export the model again."
+            )
