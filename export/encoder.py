@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import lower
+from llmx.export.rope import by_length
 from llmx.export.verify import TOLERANCE
 from llmx.export.weights import StoredTensor, load_model, read_index
 from llmx.runtime.errors import CheckpointError, UnsupportedModelError, VerificationError
@@ -126,7 +127,8 @@ class EncoderModule(torch.nn.Module):
         more: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if _takes(self.model, "use_cache"):
             more["use_cache"] = False
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
+        with by_length(self.model, attention_mask.sum(-1, keepdim=True)):
+            output = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
         if self.head is None:
             return {"logits": output.logits}
         hidden = output.last_hidden_state

@@ -24,6 +24,7 @@ from llmx.export.package import (
     write_manifest,
 )
 from llmx.export.passes import both_graphs
+from llmx.export.rope import LengthRule, length_rule
 from llmx.export.targets import TARGETS, Target
 from llmx.export.tokenizer import generation_defaults, load_tokenizer, write_tokenizer
 from llmx.export.trace import probe_layers, state_names, trace
@@ -191,10 +192,13 @@ def _write_decoder(work: _Work) -> Manifest:
     source = work.source(tokenizer.file)
     work.stages.begin("trace")
     layers = _explain(checkpoint, lambda: probe_layers(source.module))
-    context = _context_length(checkpoint, work.options.max_length)
+    rule: LengthRule | None = _explain(checkpoint, lambda: length_rule(source.module))
+    context = _context_length(checkpoint, work.options.max_length, rule.stretch if rule else 1.0)
+    if rule is not None and context <= rule.edge:
+        rule = None  # no sequence is long enough to have other factors than the original ones
 
     def make() -> dict[str, ir.Model]:
-        traced = _explain(checkpoint, lambda: trace(source.module, layers, work.target.query_seqlens))
+        traced = _explain(checkpoint, lambda: trace(source.module, layers, work.target.query_seqlens, rule is not None))
         work.stages.begin("rewrite")
         prefill, decode = both_graphs(traced, context)
         return {"prefill": prefill, "decode": decode}
@@ -206,7 +210,14 @@ def _write_decoder(work: _Work) -> Manifest:
         graphs,
         hashed,
         family="decoder",
-        model=ModelInfo(context, vocab, _embedding_shape(source)[1], len(layers), source.num_parameters),
+        model=ModelInfo(
+            context,
+            vocab,
+            _embedding_shape(source)[1],
+            len(layers),
+            source.num_parameters,
+            rule.edge if rule is not None and rule.recomputes else None,
+        ),
         state=_state(layers, work.dtype),
         tokenizer=tokenizer,
         generation=defaults,
@@ -265,7 +276,8 @@ def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> st
     return own if target.default_dtype is None and own in DTYPES.values() else target.default_dtype or "float16"
 
 
-def _context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
+def _context_length(checkpoint: Checkpoint, wanted: int | None, stretch: float) -> int:
+    """The wanted length, or the config's times what its rotary scaling stretches it by."""
     config = checkpoint.config.get_text_config(decoder=True)
     known = next(
         (
@@ -275,6 +287,7 @@ def _context_length(checkpoint: Checkpoint, wanted: int | None) -> int:
         ),
         None,
     )
+    known = known and int(known * stretch)
     if known is None and wanted is None:
         raise ExportError(f"{checkpoint.name} does not say how long its context is; give --max-length.")
     if wanted is not None and (wanted < 2 or (known is not None and wanted > known)):
@@ -367,7 +380,8 @@ def _verified(
     longest = min(manifest.model.context_length, 2048)
     backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)
     try:
-        result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, reporter.advance)
+        by_length = manifest.graphs["prefill"].input_named("rope_lengths") is not None
+        result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, by_length, reporter.advance)
     finally:
         backend.close()
     return replace(manifest, verification=result)

@@ -15,6 +15,7 @@ import torch
 from llmx.export import attention
 from llmx.export.attention import LayerState, Recorder, StepInputs, recording
 from llmx.export.lowering import lower
+from llmx.export.rope import by_length, untouched
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,6 +44,7 @@ class PrefillModule(torch.nn.Module):
         logits_positions: torch.Tensor,
         past: list[tuple[torch.Tensor, torch.Tensor]],
         query_seqlens: torch.Tensor | None = None,
+        rope_lengths: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """Logits [batch, asked, vocab] at the asked columns, and each layer's state with the new rows in it."""
         by_layer = {state.layer: tensors for state, tensors in zip(self.layers_kept, past, strict=True)}
@@ -51,7 +53,7 @@ class PrefillModule(torch.nn.Module):
         head = output_head(self.model)
         hook = head.register_forward_pre_hook(lambda _, args: (_gather_positions(args[0], logits_positions), *args[1:]))
         try:
-            with recording(recorder) as cache:
+            with recording(recorder) as cache, by_length(self.model, rope_lengths):
                 logits = _call(self.model, input_ids, position_ids, cache)
         finally:
             hook.remove()
@@ -95,7 +97,13 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
             raise UnsupportedModelError(f"{type(model).__name__}.forward takes no {name}")
     output_head(model)
     recorder = Recorder()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), recording(recorder) as cache:
+    with (
+        torch.no_grad(),
+        untouched(model),
+        by_length(model, None),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        recording(recorder) as cache,
+    ):
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.long)
         try:
             _call(model, ids, torch.arange(_SEQ)[None].expand(_BATCH, -1), cache)
@@ -112,8 +120,13 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
     return [recorder.layers[layer] for layer in sorted(recorder.layers)]
 
 
-def trace(model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool) -> ir.Model:
-    """The prefill graph of `model`, unoptimised, with the package format's input and output names and shapes."""
+def trace(
+    model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool, rope_lengths: bool = False
+) -> ir.Model:
+    """The prefill graph of `model`, unoptimised, with the package format's input and output names and shapes.
+
+    `rope_lengths`: the graph takes the lengths that decide the rotary factors; else it has the original factors.
+    """
     dtype = next(model.parameters()).dtype
     # State shapes are constants while tracing: they only pass through the attention node, which reads them at run
     # time, and symbolic ones would cost the tracer a guard for each layer.
@@ -128,9 +141,11 @@ def trace(model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool)
     }
     if query_seqlens:
         inputs["query_seqlens"] = torch.full((_BATCH,), _SEQ, dtype=torch.int32)
+    if rope_lengths:
+        inputs["rope_lengths"] = torch.full((_BATCH, _SEQ), _SEQ)
     symbolic = torch.export.Dim.DYNAMIC
     dynamic: dict[str, Any] = dict.fromkeys(inputs)
-    for name in ("input_ids", "position_ids", "logits_positions"):
+    for name in {"input_ids", "position_ids", "logits_positions", "rope_lengths"} & set(inputs):
         dynamic[name] = {0: symbolic, 1: symbolic}
     dynamic["past"] = [(None, None)] * len(layers)
     graph_model = lower(PrefillModule(model, layers), inputs, dynamic)
@@ -150,6 +165,7 @@ _SHAPES: dict[str, list[str]] = {
     "total_sequence_length": [],
     "query_seqlens": ["batch"],
     "logits_positions": ["batch", "asked"],
+    "rope_lengths": ["batch", "seq"],
 }
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
+from llmx.export.rope import length_rule, untouched
 from llmx.export.weights import load_model
-from llmx.runtime.backend import Backend
+from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.errors import VerificationError
 from llmx.runtime.manifest import Verification
 
@@ -33,11 +34,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ReferencePath:
-    """One prompt and PyTorch's greedy continuation. `logits` float32 [len(tokens), vocab], at every position."""
+    """One prompt and PyTorch's greedy continuation. `logits` float32 [len(tokens), vocab], at every position.
+
+    `rope_length`: the length of the prompt that these tokens are, or are the beginning of.
+    """
 
     prompt_length: int
     tokens: np.ndarray  # int64 [prompt_length + _NEW_TOKENS]
     logits: np.ndarray
+    rope_length: int
 
 
 def verify(
@@ -46,22 +51,26 @@ def verify(
     adapter: Path | None,
     dtype: str,
     windows: list[int],
+    by_length: bool,
     progress: Progress,
 ) -> Verification:
-    """Compare `backend`'s package with the checkpoint in PyTorch.
+    """Compare `backend`'s package with the checkpoint in PyTorch. `by_length`: its rotary factors depend on the length.
 
     Raises VerificationError at the first position where logits differ by more than the tolerance, or where the best
     tokens differ though PyTorch's two best lie further apart than twice the tolerance.
     """
     model = load_model(checkpoint, getattr(torch, dtype), adapter).float()
-    lengths = _prompt_lengths(windows, backend.max_length)
+    rule = length_rule(model) if by_length else None
+    lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length)
     paths = []
     for index, length in enumerate(lengths):
-        paths.append(reference_path(model, length, seed=index))
+        paths.append(reference_path(model, length, seed=index, stepwise=rule is not None))
         progress(index + 1, 2 * len(lengths))
+    beyond = _beginning_of_a_long_prompt(model, 2 * rule.edge, backend.max_length) if rule else None
     del model
     worst, positions, tolerance = 0.0, 0, 0.0
-    comparisons = [_compare_prefill(backend, row, path, dtype) for row, path in enumerate(paths)]
+    comparisons = [_compare_prefill(backend, 0, beyond, dtype)] if beyond else []
+    comparisons += [_compare_prefill(backend, row, path, dtype) for row, path in enumerate(paths)]
     progress(2 * len(lengths) - 1, 2 * len(lengths))
     comparisons.append(_compare_decode(backend, paths, dtype))
     progress(2 * len(lengths), 2 * len(lengths))
@@ -72,25 +81,62 @@ def verify(
     return Verification("passed", max_abs_diff=worst, tolerance=tolerance, positions=positions)
 
 
-def _prompt_lengths(windows: list[int], max_length: int) -> list[int]:
+def _prompt_lengths(windows: list[int], edge: int | None, max_length: int) -> list[int]:
+    """Lengths that cross a window, and the `edge` past which rotary factors change: in the prompt, and while decoding."""
     lengths = list(_PROMPT_LENGTHS)
+    if edge is not None and edge + 9 <= _LONGEST:
+        lengths = [5, max(1, edge - 7), edge + 9]
     crossed = [w + 9 for w in windows if w + 9 > max(lengths) and w + 9 <= _LONGEST]
     lengths += crossed[:1]
     return [length for length in lengths if length + _NEW_TOKENS <= max_length] or [max(1, max_length - _NEW_TOKENS)]
 
 
-def reference_path(model: Any, length: int, seed: int, new_tokens: int = _NEW_TOKENS) -> ReferencePath:
-    """A random prompt of `length` tokens, continued greedily by PyTorch, with the logits of every position."""
+def reference_path(
+    model: Any, length: int, seed: int, new_tokens: int = _NEW_TOKENS, stepwise: bool = False
+) -> ReferencePath:
+    """A random prompt of `length` tokens, continued greedily by PyTorch, with the logits of every position.
+
+    `stepwise`: what the cache holds depends on the length at which it was written, so that no single call computes the
+    same, and the logits are those of the steps themselves.
+    """
+    prompt = _random_prompt(model, length, seed)
+    if stepwise:
+        tokens, steps = _greedy_steps(model, prompt, new_tokens + 1)
+        tokens = tokens[:, :-1]
+        logits = np.concatenate([_logits(model, prompt), steps[1:]])
+    else:
+        tokens = greedy(model, prompt, new_tokens)
+        logits = _logits(model, tokens)
+        _check_reference(tokens[0].numpy(), logits, length)
+    return ReferencePath(length, tokens[0].numpy(), logits, length)
+
+
+def _random_prompt(model: Any, length: int, seed: int) -> torch.Tensor:
     vocab = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
-    tokens = greedy(model, prompt, new_tokens)
-    with torch.no_grad():
-        # generate's positions: some models would count others themselves
-        takes = "position_ids" in inspect.signature(model.forward).parameters
-        positions = {"position_ids": torch.arange(tokens.shape[1])[None]} if takes else {}
-        logits = model(input_ids=tokens, use_cache=False, **positions).logits[0].float().numpy()
-    _check_reference(tokens[0].numpy(), logits, length)
-    return ReferencePath(length, tokens[0].numpy(), logits)
+    return torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _logits(model: Any, tokens: torch.Tensor, **more: Any) -> np.ndarray:
+    """float32 [tokens, vocab] of the first row, without a cache."""
+    # generate's positions: some models would count others themselves
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        more = {"position_ids": torch.arange(tokens.shape[1])[None]} | more
+    with torch.no_grad(), untouched(model):
+        logits: np.ndarray = model(input_ids=tokens, use_cache=False, **more).logits[0].float().numpy()
+    return logits
+
+
+def _beginning_of_a_long_prompt(model: Any, rope_length: int, max_length: int) -> ReferencePath:
+    """The first tokens of a prompt of `rope_length`, at the cost of those tokens alone.
+
+    A second row, which stands at the prompt's last position, has transformers choose the long prompt's factors for both.
+    """
+    length = min(_PROMPT_LENGTHS[-1], rope_length, max_length)
+    prompt = _random_prompt(model, length, seed=len(_PROMPT_LENGTHS)).expand(2, -1)
+    positions = torch.arange(length).repeat(2, 1)
+    positions[1, -1] = rope_length - 1
+    logits = _logits(model, prompt, position_ids=positions, attention_mask=torch.ones_like(prompt))
+    return ReferencePath(length, prompt[0].numpy(), logits, rope_length)
 
 
 def _check_reference(tokens: np.ndarray, logits: np.ndarray, length: int) -> None:
@@ -107,18 +153,28 @@ def _check_reference(tokens: np.ndarray, logits: np.ndarray, length: int) -> Non
 
 def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """transformers' greedy `generate` for exactly `new_tokens` tokens: [1, length] -> [1, length + new_tokens]."""
+    return _greedy_steps(model, prompt, new_tokens)[0]
+
+
+def _greedy_steps(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[torch.Tensor, np.ndarray]:
+    """`greedy`, and the logits [new_tokens, vocab] that each token was chosen from. A fresh model's, whatever ran before."""
     from transformers import GenerationConfig
 
-    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
-    with torch.no_grad(), quiet():
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with torch.no_grad(), quiet(), untouched(model):
         original, model.generation_config = model.generation_config, config
         try:
-            tokens: torch.Tensor = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-            )
+            result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         finally:
             model.generation_config = original
-    return tokens
+    return result.sequences, torch.cat(result.logits).float().numpy()
 
 
 Comparison = tuple[float, int, float]  # largest difference, positions compared, tolerance
@@ -130,7 +186,8 @@ def _compare_prefill(backend: Backend, slot: int, path: ReferencePath, dtype: st
     split = max(1, path.prompt_length * 2 // 3)
     for start, end in ((0, split), (split, path.prompt_length)):
         if start < end:
-            logits = backend.prefill(slot, path.tokens[start:end], start, np.arange(end - start))
+            asked = np.arange(end - start)
+            logits = backend.prefill(slot, path.tokens[start:end], start, asked, path.rope_length)
             difference, tolerance = check_logits(
                 logits, path.logits[start:end], dtype, f"row {slot}, prefill position", start
             )
@@ -144,6 +201,9 @@ def _compare_decode(backend: Backend, paths: list[ReferencePath], dtype: str) ->
     for step in range(_NEW_TOKENS):
         lengths = [path.prompt_length + step for path in paths]
         tokens = np.array([path.tokens[length] for path, length in zip(paths, lengths, strict=True)])
+        for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
+            if length == backend.recompute_at:
+                recompute(backend, row, path.tokens[:length], length)
         logits = backend.decode(tokens, np.array(lengths))
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
             place = f"row {row}, decode position"

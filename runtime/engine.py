@@ -183,6 +183,7 @@ class Engine:
                 assert sequence.slot is not None
                 cached = np.array(sequence.tokens[: sequence.num_cached], np.int64)
                 recompute(self.backend, sequence.slot, cached, self.scheduler.prefill_chunk)
+                sequence.recomputed = True
             tokens[sequence.slot] = sequence.tokens[-1]
             lengths[sequence.slot] = sequence.num_cached
         logits = self.backend.decode(tokens, lengths)

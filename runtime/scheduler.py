@@ -29,6 +29,7 @@ class Sequence:
     tokens: list[int]
     slot: int | None = None
     num_cached: int = 0
+    recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -200,10 +201,8 @@ class Scheduler:
         """A sibling whose slot already holds the whole prompt's state."""
         if sequence.request.prompt_logits is None:
             return None
-        return next(
-            (s for s in sequence.request.sequences if s is not sequence and s.slot is not None and not s.prefilling),
-            None,
-        )
+        holders = (s for s in sequence.request.sequences if s is not sequence and s.slot is not None)
+        return next((s for s in holders if not s.prefilling and not s.recomputed), None)
 
     def _compaction(self) -> list[tuple[Sequence, int]]:
         """Move the highest slots down once half of the rows are idle: rows cost time, copies cost it once."""

@@ -27,22 +27,24 @@ _GPT2 = {
     "eos_token_id": 0,
 }
 
+
+def _scaled(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    """A llama whose rotary embedding is scaled. The original length, 32, is crossed by every test."""
+    return {**_COMMON, "rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
+
+
+def _factors(count: int) -> dict[str, list[float]]:
+    """Short and long factors that no test can take for each other."""
+    return {
+        "short_factor": [1.0 + 0.05 * i for i in range(count)],
+        "long_factor": [1.5 + 0.7 * i for i in range(count)],
+    }
+
+
 #: name -> config fields; `model_type` is the name's part before "-".
 TINY: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, "tie_word_embeddings": False},
     "llama-tied": {**_COMMON, "tie_word_embeddings": True},
-    "llama-rope3": {
-        **_COMMON,
-        "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    },
-    "llama-linear": {**_COMMON, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    "llama-yarn": {
-        **_COMMON,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
-    },
     "qwen2": {**_COMMON},
     "qwen3": {**_COMMON},
     "mistral": {**_COMMON, "sliding_window": 24},
@@ -60,6 +62,28 @@ TINY: dict[str, dict[str, Any]] = {
     "stablelm": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"hidden_size": 64},
     "starcoder2": {k: v for k, v in _COMMON.items() if k != "head_dim"} | {"sliding_window": 24},
     "mixtral": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama-llama3": _scaled(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    "llama-linear": _scaled("linear", factor=4.0),
+    "llama-yarn": _scaled("yarn", factor=4.0, original_max_position_embeddings=32),
+    "llama-proportional": _scaled("proportional", partial_rotary_factor=0.5, factor=2.0),
+    "llama-dynamic": {**_scaled("dynamic", factor=8.0), "max_position_embeddings": 32},
+    "llama-longrope": _scaled("longrope", original_max_position_embeddings=32, **_factors(8)),
+    "gemma3_text-longrope": {
+        **_COMMON, "sliding_window": 24, "num_hidden_layers": 4, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+                **_factors(8),
+            },
+        },
+    },
+    "phi3-longrope": {
+        **_COMMON, "hidden_size": 64, "original_max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **_factors(8)},
+    },
     "gpt_oss": {**_COMMON, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4},
     "deepseek_v3": {
         **{k: v for k, v in _COMMON.items() if k not in ("head_dim", "num_key_value_heads")},
@@ -73,6 +97,10 @@ TINY: dict[str, dict[str, Any]] = {
 CORE = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "glm4", "mistral"]
 #: One of each further kind: experts, sinks, latent attention.
 KINDS = ["mixtral", "gpt_oss", "deepseek_v3"]
+#: Every kind of rotary scaling, past its original length.
+ROPES = [
+    "llama-linear", "llama-llama3", "llama-yarn", "llama-proportional", "llama-dynamic", "llama-longrope", "phi3-longrope",
+]  # fmt: skip
 
 
 def make_config(name: str, **overrides: Any) -> Any:
