@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import human_bytes
+from llmx.runtime.units import human_bytes
 
 
 @click.command(name="inspect")
@@ -42,6 +42,7 @@ def describe(folder: Path, manifest: Any) -> dict[str, Any]:
     from llmx.runtime.machine import available_memory
 
     per_token = manifest.state_bytes_per_token()
+    fixed = manifest.state_bytes_per_slot()
     free = available_memory()
     layouts = Counter(tensor.layout for tensor in manifest.state)
     windows = sorted({tensor.window for tensor in manifest.state if tensor.window})
@@ -64,7 +65,8 @@ def describe(folder: Path, manifest: Any) -> dict[str, Any]:
             "layouts": dict(layouts),
             "windows": windows,
             "bytes_per_token": per_token,
-            "bytes_at_full_context": per_token * manifest.model.context_length,
+            "bytes_per_slot": fixed,
+            "bytes_at_full_context": per_token * manifest.model.context_length + fixed,
         },
         "longest_context_that_fits": min(manifest.model.context_length, free // max(1, per_token)),
         "free_memory": free,
@@ -81,6 +83,7 @@ def operators(path: Path) -> dict[str, int]:
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     head = Table(show_header=False, box=None, pad_edge=False)
@@ -108,13 +111,14 @@ def _print(facts: dict[str, Any]) -> None:
     else:
         context, fits = facts["context_length"], facts["longest_context_that_fits"]
         each, full = human_bytes(state["bytes_per_token"]), human_bytes(state["bytes_at_full_context"])
+        fixed = f", {human_bytes(state['bytes_per_slot'])} whatever the length" if state["bytes_per_slot"] else ""
         rows += [
             ("context", f"{context:,} positions; {fits:,} fit into {human_bytes(facts['free_memory'])} free"),
-            ("state", f"{', '.join(state['layouts'])}; {each} a token, {full} at full context"),
+            ("state", f"{', '.join(state['layouts'])}; {each} a token{fixed}, {full} at full context"),
             ("windows", ", ".join(map(str, state["windows"])) or "none"),
         ]
     for label, value in rows:
-        head.add_row(f"[bold]{label}[/bold]", value)
+        head.add_row(f"[bold]{label}[/bold]", Text(value))
     console.print(head)
     table = Table("graph", "nodes", "operators")
     for name, counts in facts["graphs"].items():
@@ -122,5 +126,5 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(table)
     files = Table("file", "size")
     for name, size in facts["files"].items():
-        files.add_row(name, human_bytes(size))
+        files.add_row(Text(name), human_bytes(size))
     console.print(files)

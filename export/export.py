@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from llmx.export.attention import LayerState
+from llmx.export.attention import IMPLEMENTATION, LayerState
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.lowering import uncollected
 from llmx.export.package import (
@@ -32,8 +32,9 @@ from llmx.export.verify import verify
 from llmx.export.weights import SourceModel, build_source
 from llmx.export.writer import WeightsWriter
 from llmx.runtime.errors import ExportError, UnsupportedModelError
-from llmx.runtime.manifest import FileInfo, Manifest, ModelInfo, StateTensor, Verification
+from llmx.runtime.manifest import FileInfo, Manifest, ModelInfo, StateTensor, TokenizerInfo, Verification
 
+_UNLIMITED = 1 << 20  # positions of a model that nothing limits
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -138,9 +139,9 @@ class _Work:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def source(self, tokenizer_file: str) -> SourceModel:
-        """The model to trace, its vocabulary checked against the tokenizer's."""
-        source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter)
+    def source(self, tokenizer_file: str, attention: str | None) -> SourceModel:
+        """The model to trace with this attention implementation, its vocabulary checked against the tokenizer's."""
+        source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter, attention)
         _check_vocabulary(source, self.folder, tokenizer_file)
         return source
 
@@ -160,12 +161,12 @@ class _Work:
         self, source: SourceModel, graphs: dict[str, ir.Model], hashed: dict[str, FileInfo], **parts: Any
     ) -> Manifest:
         """The manifest of `parts` with what every family has, not verified yet."""
-        layers = sorted({tensor.layer for tensor in parts["state"]})
+        state = {name for tensor in parts["state"] for name in (tensor.input, tensor.output)}
         return Manifest(
             name=self.checkpoint.short_name,
             target=self.target.name,
             dtype=self.dtype,
-            graphs={name: describe_graph(_graph_file(name), graph, layers) for name, graph in graphs.items()},
+            graphs={name: describe_graph(_graph_file(name), graph, state) for name, graph in graphs.items()},
             source=_source_info(self.checkpoint, self.options, source),
             created_by=_versions(),
             verification=Verification("skipped", reason="not verified yet"),
@@ -189,7 +190,49 @@ def _write_decoder(work: _Work) -> Manifest:
             f"generation_config sets {', '.join(ignored)}, which llmx does not apply; "
             "output may differ from transformers' default."
         )
-    source = work.source(tokenizer.file)
+    try:
+        return _write_in_place(work, tokenizer, defaults)
+    except UnsupportedModelError as error:
+        reason = error
+    try:
+        return _write_carried(work, tokenizer, defaults)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{reason}; as plain ONNX: {error}") from error
+
+
+def _write_carried(work: _Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
+    """With state that is carried from call to call (llmx.export.carried)."""
+    from llmx.export.carried import MIN_PREFILL, carried_graphs, probe_carried
+
+    source = work.source(tokenizer.file, "eager")
+    work.stages.begin("trace")
+    carried = probe_carried(source.module)
+    context = _context_length(work.checkpoint, work.options.max_length, 1.0, source.module)
+    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried))
+    if "prefill" not in graphs:
+        work.warnings.append(
+            "The prompt cannot be traced as a whole (its code loops over it), so it runs token by token."
+        )
+    vocab = int(graphs["decode"].graph.outputs[0].shape[2])
+    layers = len(carried.template.layers)
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
+        family="decoder",
+        model=ModelInfo(
+            context, vocab, _embedding_shape(source)[1], layers, source.num_parameters, min_prefill=MIN_PREFILL
+        ),
+        state=carried.describe(),
+        tokenizer=tokenizer,
+        generation=defaults,
+    )
+
+
+def _write_in_place(work: _Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
+    """With key/value state that the attention operator writes in place."""
+    checkpoint = work.checkpoint
+    source = work.source(tokenizer.file, IMPLEMENTATION)
     work.stages.begin("trace")
     layers = _explain(checkpoint, lambda: probe_layers(source.module))
     rule: LengthRule | None = _explain(checkpoint, lambda: length_rule(source.module))
@@ -232,7 +275,7 @@ def _write_encoder(work: _Work) -> Manifest:
     checkpoint = work.checkpoint
     loaded = load_tokenizer(checkpoint)
     tokenizer = write_tokenizer(checkpoint, loaded, work.folder)
-    source = work.source(tokenizer.file)
+    source = work.source(tokenizer.file, None)  # its masks are tensors: what transformers chooses
     work.stages.begin("trace")
     module = _explain(
         checkpoint, lambda: build_module(checkpoint, source.module, work.torch_dtype, work.options.pooling)
@@ -276,18 +319,24 @@ def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> st
     return own if target.default_dtype is None and own in DTYPES.values() else target.default_dtype or "float16"
 
 
-def _context_length(checkpoint: Checkpoint, wanted: int | None, stretch: float) -> int:
-    """The wanted length, or the config's times what its rotary scaling stretches it by."""
+def _context_length(checkpoint: Checkpoint, wanted: int | None, stretch: float, model: Any = None) -> int:
+    """The wanted length, or the config's times what its rotary scaling stretches it by. Where the config names none and
+    `model` is given and has no table of positions, nothing limits it (recurrences, ALiBi): `_UNLIMITED`.
+    """
     config = checkpoint.config.get_text_config(decoder=True)
     known = next(
         (
             v
-            for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+            for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
             if (v := getattr(config, n, None))
         ),
         None,
     )
     known = known and int(known * stretch)
+    if known is None and wanted is None and model is not None:
+        tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+        if all(table is model.get_input_embeddings() for table in tables):
+            return _UNLIMITED
     if known is None and wanted is None:
         raise ExportError(f"{checkpoint.name} does not say how long its context is; give --max-length.")
     if wanted is not None and (wanted < 2 or (known is not None and wanted > known)):
@@ -380,7 +429,7 @@ def _verified(
     longest = min(manifest.model.context_length, 2048)
     backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)
     try:
-        by_length = manifest.graphs["prefill"].input_named("rope_lengths") is not None
+        by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
         result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, by_length, reporter.advance)
     finally:
         backend.close()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 from llmx.export.passes import is_parameter
-from llmx.export.trace import state_names
 from llmx.export.weights import SourceModel
 from llmx.export.writer import INLINE_BELOW, Progress, WeightsWriter
 from llmx.runtime.errors import ExportError
@@ -129,9 +128,8 @@ def _strip(model: ir.Model) -> None:
         value.doc_string = None
 
 
-def describe_graph(file: str, model: ir.Model, layers: list[int]) -> GraphInfo:
-    """The manifest's entry of a graph: each input and output with its role, dtype and shape."""
-    state = {name for layer in layers for _, *names in state_names(layer) for name in names}
+def describe_graph(file: str, model: ir.Model, state: set[str]) -> GraphInfo:
+    """The manifest's entry of a graph: each input and output with its role, dtype and shape; `state` names the state's."""
 
     def info(value: ir.Value) -> TensorInfo:
         assert value.name is not None and value.dtype is not None and value.shape is not None

@@ -27,6 +27,7 @@ from llmx.runtime.manifest import Verification
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
 _NEW_TOKENS = 16
 _PROMPT_LENGTHS = (5, 23, 61)
+_WHOLE_PROMPT = 150  # where a prefill graph takes whole prompts: longer than the blocks that recurrences work in
 _LONGEST = 1100  # a window longer than this is not crossed: the reference would cost more than the export
 
 Progress = Callable[[int, int], None]
@@ -61,7 +62,8 @@ def verify(
     """
     model = load_model(checkpoint, getattr(torch, dtype), adapter).float()
     rule = length_rule(model) if by_length else None
-    lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length)
+    whole = () if backend.chunked else (_WHOLE_PROMPT,)
+    lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length, whole)
     paths = []
     for index, length in enumerate(lengths):
         paths.append(reference_path(model, length, seed=index, stepwise=rule is not None))
@@ -81,9 +83,9 @@ def verify(
     return Verification("passed", max_abs_diff=worst, tolerance=tolerance, positions=positions)
 
 
-def _prompt_lengths(windows: list[int], edge: int | None, max_length: int) -> list[int]:
+def _prompt_lengths(windows: list[int], edge: int | None, max_length: int, more: tuple[int, ...] = ()) -> list[int]:
     """Lengths that cross a window, and the `edge` past which rotary factors change: in the prompt, and while decoding."""
-    lengths = list(_PROMPT_LENGTHS)
+    lengths = [*_PROMPT_LENGTHS, *more]
     if edge is not None and edge + 9 <= _LONGEST:
         lengths = [5, max(1, edge - 7), edge + 9]
     crossed = [w + 9 for w in windows if w + 9 > max(lengths) and w + 9 <= _LONGEST]
@@ -181,9 +183,11 @@ Comparison = tuple[float, int, float]  # largest difference, positions compared,
 
 
 def _compare_prefill(backend: Backend, slot: int, path: ReferencePath, dtype: str) -> Comparison:
-    """Prefill `path`'s prompt into `slot` in two chunks, asking for the logits of every position."""
+    """Prefill `path`'s prompt into `slot`, asking for the logits of every position; in two chunks where the package takes
+    chunks.
+    """
     worst, tolerance = 0.0, 0.0
-    split = max(1, path.prompt_length * 2 // 3)
+    split = max(1, path.prompt_length * 2 // 3) if backend.chunked else path.prompt_length
     for start, end in ((0, split), (split, path.prompt_length)):
         if start < end:
             asked = np.arange(end - start)

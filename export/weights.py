@@ -132,32 +132,31 @@ class SourceModel:
         return sum(parameter.nbytes for parameter in self.module.parameters())
 
 
-def build_source(checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None) -> SourceModel:
-    """Build the model for tracing, weights bound to the checkpoint where they can be, else loaded."""
+def build_source(
+    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None, attention: str | None
+) -> SourceModel:
+    """Build the model for tracing with the implementation `attention` (None: what transformers chooses), weights bound to
+    the checkpoint where they can be, else loaded.
+    """
     if adapter is None:
-        module = _build_empty(checkpoint, dtype)
+        module = _build_empty(checkpoint, dtype, attention)
         stored = _bind(module, checkpoint, dtype)
         if stored is not None:
             return SourceModel(module, stored)
         del module
-    module = load_model(checkpoint, dtype, adapter, _attention(checkpoint))
+    module = load_model(checkpoint, dtype, adapter, attention)
     static_experts(module)
     return SourceModel(module, {})
 
 
-def _attention(checkpoint: Checkpoint) -> str | None:
-    """Ours for decoders; for encoders, whose masks are tensors, what transformers chooses."""
-    return IMPLEMENTATION if checkpoint.task == "generate" else None
-
-
-def _build_empty(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+def _build_empty(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None) -> torch.nn.Module:
     from transformers.initialization import no_init_weights
 
     with quiet(), no_init_weights(), _construction_errors(checkpoint):
         module = checkpoint.auto_class.from_config(
             checkpoint.config,
             dtype=dtype,
-            attn_implementation=_attention(checkpoint),
+            attn_implementation=attention,
             trust_remote_code=checkpoint.trust_remote_code,
         )
         module.tie_weights()

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from llmx.runtime.carried import CarriedBackend, ort_value, run_error
 from llmx.runtime.dtypes import numpy_dtype
-from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+from llmx.runtime.manifest_check import CARRIED
 from llmx.runtime.mapped_cache import wanted
 from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
@@ -23,6 +24,8 @@ class Backend(Protocol):
     slots: int
     max_length: int
     vocab_size: int
+    chunked: bool  # whether a prompt may come in several calls as cheaply as in one
+    rewinds: bool  # whether a slot may go back to fewer positions than it holds
     recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
 
     def prefill(
@@ -38,11 +41,12 @@ class Backend(Protocol):
         """
         ...
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         """One token for each of the slots 0 … n-1: int64 [n] tokens, and how many positions each slot holds before it.
 
-        Returns logits [n, vocab], valid until the next call. A row that is idle passes any token and its own length:
-        it writes at its own next position alone, which its next owner overwrites.
+        Returns logits [n, vocab], valid until the next call. `active`, bool [n]: the rows that are meant (default: all).
+        An idle row passes any token and its own length: a backend that runs it all the same writes at its next position
+        alone, which its next owner overwrites, and its logits mean nothing.
         """
         ...
 
@@ -58,6 +62,8 @@ class OrtBackend:
 
     Invariant: past and present of a state tensor are bound to the same memory, so a run updates the state in place.
     """
+
+    chunked = rewinds = True
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
         self.manifest = manifest
@@ -98,7 +104,7 @@ class OrtBackend:
         self._prefill_steps[key] = step  # most recently used last
         return step
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         rows = len(token_ids)
         step = self._decode_steps.get(rows)
         if step is None:
@@ -151,12 +157,12 @@ class _Step:
                 self._arrays[info.role] = array
                 self._binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(array))
         self._logits = np.empty((rows, asked, manifest.model.vocab_size), numpy_dtype(graph.outputs[0].dtype))
-        self._binding.bind_ortvalue_output(graph.outputs[0].name, _ort_value(ort, self._logits))
+        self._binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(ort, self._logits))
         for tensor, view in zip(state.tensors, state.rows(first, rows), strict=True):
             self._bind_state(ort, tensor, view)
 
     def _bind_state(self, ort: Any, tensor: StateTensor, view: np.ndarray) -> None:
-        value = _ort_value(ort, view)
+        value = ort_value(ort, view)
         self._binding.bind_ortvalue_input(tensor.input, value)
         self._binding.bind_ortvalue_output(tensor.output, value)
 
@@ -171,22 +177,8 @@ class _Step:
         try:
             self._session.run_with_iobinding(self._binding, options)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            reason = " ".join(str(error).split())[:300]
-            if "llocat" in reason or "memory" in reason.lower():
-                raise OutOfMemoryError(
-                    f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk."
-                ) from None
-            raise LlmxError(f"onnxruntime failed to run the graph: {reason}") from None
+            raise run_error(error) from None
         return self._logits
-
-
-def _ort_value(ort: Any, array: np.ndarray) -> Any:
-    """An OrtValue over `array`'s memory (no copy). The array must outlive it."""
-    if array.dtype in (np.float32, np.float16, np.int64, np.int32):
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as CValue  # bfloat16: numpy does not know it
-
-    return ort.OrtValue(CValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16))
 
 
 def open_backend(
@@ -199,7 +191,7 @@ def open_backend(
     spin: bool = True,
     mapped_cache: bool = True,
     cache_dir: Path | None = None,
-) -> OrtBackend:
+) -> Backend:
     """Sessions and state of a package. Memory is checked before anything is allocated."""
     resolved = resolve_device(device)
     # mapped weights are the page cache's, which gives them back; otherwise each graph keeps its own prepacked copy
@@ -207,6 +199,8 @@ def open_backend(
     weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
     plan = plan_state(manifest, max_length, slots, weights=0 if mapped else weights * len(manifest.graphs))
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
+    if any(tensor.layout in CARRIED for tensor in manifest.state):
+        return CarriedBackend(manifest, sessions, plan)
     return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
 
 

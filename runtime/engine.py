@@ -26,7 +26,9 @@ class Engine:
     def __init__(self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 192) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
-        self.scheduler = Scheduler(backend.slots, prefill_chunk)
+        self.scheduler = Scheduler(
+            backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
+        )
         self._arrivals: list[Request] = []
         self._live: list[Request] = []
         self._lock = threading.Lock()
@@ -127,9 +129,11 @@ class Engine:
                 self._fail(request, error)
 
     def _execute(self, plan: Plan) -> None:
+        forked = [sequence for _, sequence in plan.forks]
         for sequence, slot in plan.moves:
             assert sequence.slot is not None
-            self.backend.copy_slot(sequence.slot, slot, sequence.num_cached)
+            if sequence.num_cached and sequence not in forked:  # else its slot holds nothing of its own yet
+                self.backend.copy_slot(sequence.slot, slot, sequence.num_cached)
             self.scheduler.pool.move(sequence, slot)
         for twin, sequence in plan.forks:
             assert twin.slot is not None and sequence.slot is not None
@@ -174,7 +178,7 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence]) -> None:
         rows = self.scheduler.pool.num_rows
-        tokens, lengths = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        tokens, lengths, active = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, bool)
         for idle in self.scheduler.pool.held():
             # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
@@ -186,7 +190,8 @@ class Engine:
                 sequence.recomputed = True
             tokens[sequence.slot] = sequence.tokens[-1]
             lengths[sequence.slot] = sequence.num_cached
-        logits = self.backend.decode(tokens, lengths)
+            active[sequence.slot] = True
+        logits = self.backend.decode(tokens, lengths, active)
         for sequence in sequences:
             slot = sequence.slot
             assert slot is not None

@@ -13,8 +13,10 @@ class FakeBackend:
     """
 
     recompute_at: int | None = None
+    chunked = True
 
-    def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32) -> None:
+    def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32, rewinds: bool = True) -> None:
+        self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
         self.num_prefills = self.num_decodes = 0
@@ -38,6 +40,7 @@ class FakeBackend:
         written = self._written[slot]
         assert 0 <= position < self.max_length, f"slot {slot}: position {position}"
         assert position <= len(written), f"slot {slot}: writes at {position}, {len(written)} are written"
+        assert self.rewinds or position in (0, len(written)), f"slot {slot}: goes back to {position}"
         del written[position:]
         written.append(token)
 
@@ -50,11 +53,12 @@ class FakeBackend:
         rows = [self.next_logits(self._written[slot][: start + int(p) + 1]) for p in positions]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         self.num_decodes += 1
         rows = []
         for slot, (token, length) in enumerate(zip(token_ids, lengths, strict=True)):
-            if length > len(self._written[slot]):  # an idle row whose slot was never filled so far
+            idle = active is not None and not active[slot]
+            if idle and (not self.rewinds or length > len(self._written[slot])):  # not run, or never filled so far
                 rows.append(np.full(self.vocab_size, np.nan, np.float32))
                 continue
             self._write(slot, int(length), int(token))
@@ -63,6 +67,7 @@ class FakeBackend:
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         assert length <= len(self._written[source])
+        assert self.rewinds or length == len(self._written[source])
         self._written[target] = self._written[source][:length]
 
     def close(self) -> None:

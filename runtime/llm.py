@@ -209,6 +209,7 @@ class LLM:
         Raises RequestError for a prompt without tokens, ContextLengthError for more than `max_length` of them.
         """
         self.need_generation()
+        chunk = self.prefill_chunk if self.backend.chunked else self.max_length
         results = []
         for prompt in _as_list(prompts):
             ids = self._encode(prompt)
@@ -218,7 +219,7 @@ class LLM:
                     f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
                 )
             with self._driver.at_rest():
-                results.append(score_tokens(self.backend, np.array(ids, np.int64), self.prefill_chunk))
+                results.append(score_tokens(self.backend, np.array(ids, np.int64), chunk))
         return results
 
     def warmup(self) -> None:
@@ -228,10 +229,9 @@ class LLM:
             self.encoder.run({"input_ids": ones, "attention_mask": ones, "token_type_ids": ones * 0})
             return
         with self._driver.at_rest():
-            self.backend.prefill(
-                0, np.zeros(min(self.prefill_chunk, self.max_length - 1), np.int64), 0, np.zeros(1, np.int64)
-            )
-            self.backend.decode(np.zeros(1, np.int64), np.ones(1, np.int64))
+            count = min(self.prefill_chunk, self.max_length - 1)
+            self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
+            self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

@@ -71,15 +71,17 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One state tensor: `in_place` buffers are bound as past and present at once.
+    """One state tensor: `in_place` buffers are bound as past and present at once; the output of a `grow` tensor is its
+    input with new rows, that of a `replace` tensor (a recurrence) has its input's shape. Before the first token a `grow`
+    tensor has no rows and a `replace` tensor is zero.
 
     `shape` is the buffer's template, e.g. `["slots", 3, "max_length", 64]`. `window` is the number of positions that
     the layer attends to (None: all). Row `slot` of the outermost axis belongs to one request.
     """
 
     layer: int
-    part: str  # "key" | "value"
-    layout: str  # "in_place"
+    part: str  # "key" | "value" | what the model's cache calls it
+    layout: str  # "in_place" | "grow" | "replace"
     input: str
     output: str
     dtype: str
@@ -104,7 +106,8 @@ class TokenizerInfo:
 @dataclass(frozen=True)
 class ModelInfo:
     """Sizes. A sequence that decodes past `recompute_at` positions has its state computed anew first, with the
-    `rope_lengths` of the longer sequence (None: never).
+    `rope_lengths` of the longer sequence (None: never). Prompts of fewer than `min_prefill` tokens go through the decode
+    graph (carried state only).
     """
 
     context_length: int
@@ -113,6 +116,7 @@ class ModelInfo:
     num_layers: int
     parameters: int
     recompute_at: int | None = None
+    min_prefill: int = 1
 
 
 @dataclass(frozen=True)
@@ -177,15 +181,20 @@ class Manifest:
 
     def state_bytes_per_token(self) -> int:
         """Bytes of state that one position of one slot takes, over all layers."""
+        return sum(self._bytes(tensor) for tensor in self.state if "max_length" in tensor.shape)
+
+    def state_bytes_per_slot(self) -> int:
+        """Bytes of state that a slot takes whatever its length."""
+        return sum(self._bytes(tensor) for tensor in self.state if "max_length" not in tensor.shape)
+
+    @staticmethod
+    def _bytes(tensor: StateTensor) -> int:
         from llmx.runtime.dtypes import itemsize
 
-        total = 0
-        for tensor in self.state:
-            elements = 1
-            for dim in tensor.shape:
-                elements *= dim if isinstance(dim, int) else 1
-            total += elements * itemsize(tensor.dtype)
-        return total
+        elements = 1
+        for dim in tensor.shape:
+            elements *= dim if isinstance(dim, int) else 1
+        return elements * itemsize(tensor.dtype)
 
     def to_json(self) -> str:
         """Stable text: fields in declaration order, two-space indent, trailing newline."""

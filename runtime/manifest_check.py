@@ -10,7 +10,10 @@ from llmx.runtime.errors import PackageError
 if TYPE_CHECKING:
     from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 
+CARRIED = ("grow", "replace")  # layouts whose state is passed on from each call to the next
+
 _GRAPHS = {"decoder": ("prefill", "decode"), "encoder": ("encoder",)}
+_LAYOUTS = ("in_place", *CARRIED)
 _STATE_DIMENSIONS = ("slots", "max_length")
 _DIMENSIONS = ("batch", "seq", "asked", *_STATE_DIMENSIONS)
 _AGAIN = "the manifest is damaged: export the model again."
@@ -21,8 +24,9 @@ def check_parts(manifest: Manifest, where: str) -> None:
 
     What a newer version may have added (another family, layout or dtype) is told apart from damage by whoever uses it.
     """
+    carried = any(tensor.layout in CARRIED for tensor in manifest.state)
     for name in _GRAPHS.get(manifest.family, ()):
-        if name not in manifest.graphs:
+        if name not in manifest.graphs and not (carried and name == "prefill"):  # decode takes its prompts
             raise PackageError(f"{where}: graphs.{name} is missing; {_AGAIN}")
     for field in ("context_length", "vocab_size"):
         if getattr(manifest.model, field) < 1:
@@ -36,9 +40,20 @@ def check_parts(manifest: Manifest, where: str) -> None:
     for index, tensor in enumerate(manifest.state):
         _check_shape(tensor.shape, _STATE_DIMENSIONS, f"{where}: state[{index}]")
         itemsize(tensor.dtype)
+        if tensor.layout not in _LAYOUTS:
+            raise PackageError(
+                f"{where}: state[{index}] has the layout {tensor.layout!r}, which this llmx does not know; upgrade llmx."
+            )
+        if carried and tensor.layout == "in_place":
+            raise PackageError(
+                f"{where}: state[{index}] is in place and others are carried, which this llmx does not run; upgrade llmx."
+            )
+        if (tensor.layout == "replace") == ("max_length" in tensor.shape):
+            raise PackageError(f"{where}: state[{index}] has a shape that does not go with {tensor.layout!r}; {_AGAIN}")
     if manifest.family == "decoder":
-        for name in _GRAPHS["decoder"]:
-            _check_state(manifest.graphs[name], manifest.state, f"{where}: graphs.{name}")
+        for name in set(_GRAPHS["decoder"]) & set(manifest.graphs):
+            takes_state = name == "decode" or not carried
+            _check_state(manifest.graphs[name], manifest.state, takes_state, f"{where}: graphs.{name}")
 
 
 def _check_shape(shape: list[int | str], names: tuple[str, ...], where: str) -> None:
@@ -47,11 +62,11 @@ def _check_shape(shape: list[int | str], names: tuple[str, ...], where: str) -> 
             raise PackageError(f"{where} has the dimension {dim!r}, which means nothing here; {_AGAIN}")
 
 
-def _check_state(graph: GraphInfo, state: list[StateTensor], where: str) -> None:
+def _check_state(graph: GraphInfo, state: list[StateTensor], takes_state: bool, where: str) -> None:
     if [t.role for t in graph.outputs[:1]] != ["logits"]:
         raise PackageError(f"{where}: its first output is not the logits; {_AGAIN}")
     for side, tensors, known in (
-        ("input", graph.inputs, {t.input for t in state}),
+        ("input", graph.inputs, {t.input for t in state} if takes_state else set()),
         ("output", graph.outputs, {t.output for t in state}),
     ):
         names = {t.name for t in tensors if t.role == "state"}

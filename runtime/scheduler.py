@@ -144,7 +144,8 @@ class Plan:
 class Scheduler:
     """First come, first served: slots go to the oldest waiting sequence, prompts are prefilled one chunk a step."""
 
-    def __init__(self, slots: int, prefill_chunk: int) -> None:
+    def __init__(self, slots: int, prefill_chunk: int, rewinds: bool = True) -> None:
+        self.rewinds = rewinds
         self.pool = SlotPool(slots)
         self.waiting: deque[Sequence] = deque()
         self.prefill_chunk = prefill_chunk
@@ -198,11 +199,12 @@ class Scheduler:
         return Plan(prefill, forks, moves, decoding)
 
     def _twin(self, sequence: Sequence) -> Sequence | None:
-        """A sibling whose slot already holds the whole prompt's state."""
+        """A sibling whose slot already holds the whole prompt's state (and no more, where state cannot be cut back)."""
         if sequence.request.prompt_logits is None:
             return None
         holders = (s for s in sequence.request.sequences if s is not sequence and s.slot is not None)
-        return next((s for s in holders if not s.prefilling and not s.recomputed), None)
+        whole = (s for s in holders if not s.prefilling and not s.recomputed)
+        return next((s for s in whole if self.rewinds or s.num_cached == s.num_prompt), None)
 
     def _compaction(self) -> list[tuple[Sequence, int]]:
         """Move the highest slots down once half of the rows are idle: rows cost time, copies cost it once."""

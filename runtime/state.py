@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from llmx.runtime.dtypes import itemsize, numpy_dtype
-from llmx.runtime.errors import OutOfMemoryError, PackageError, RequestError
+from llmx.runtime.errors import OutOfMemoryError, RequestError
 from llmx.runtime.machine import available_memory
 from llmx.runtime.manifest import Manifest, StateTensor
 
@@ -43,7 +43,9 @@ def plan_state(
             f"The weights take {weights / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some memory, use a smaller "
             "model or dtype, or leave mapped_cache on, which shares them."
         )
-    free -= weights
+    free -= weights + manifest.state_bytes_per_slot() * slots
+    if free < 0:
+        raise OutOfMemoryError(f"{slots} slot(s) of recurrent state take more than the free memory; lower slots.")
     if slots < 1:
         raise RequestError(f"slots must be at least 1, and is {slots}.")
     if max_length is None:
@@ -85,10 +87,7 @@ class StatePool:
         self.tensors: list[StateTensor] = manifest.state
         self._buffers: list[np.ndarray] = []
         for tensor in self.tensors:
-            if tensor.layout != "in_place":
-                raise PackageError(
-                    f"The package keeps state of layout {tensor.layout!r}, which this llmx does not know; upgrade llmx."
-                )
+            assert tensor.layout == "in_place", tensor.layout
             sizes = {"slots": plan.slots, "max_length": plan.max_length}
             shape = [sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape]
             try:

@@ -84,6 +84,29 @@ TINY: dict[str, dict[str, Any]] = {
         **_COMMON, "hidden_size": 64, "original_max_position_embeddings": 32,
         "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **_factors(8)},
     },
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
+    "bart": {
+        "vocab_size": VOCAB, "d_model": 48, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
+        "max_position_embeddings": 512, "is_decoder": True, "is_encoder_decoder": False, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0, "forced_eos_token_id": None, "architectures": ["BartForCausalLM"],
+    },
+    "mamba": {
+        "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 8, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0,
+    },
+    "mamba2": {
+        "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 16, "num_heads": 6, "head_dim": 16,
+        "n_groups": 2, "chunk_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    },
+    "lfm2": {
+        **{k: v for k, v in _COMMON.items() if k != "head_dim"}, "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "qwen3_next": {
+        **_COMMON, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    },
     "gpt_oss": {**_COMMON, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4},
     "deepseek_v3": {
         **{k: v for k, v in _COMMON.items() if k not in ("head_dim", "num_key_value_heads")},
@@ -97,6 +120,9 @@ TINY: dict[str, dict[str, Any]] = {
 CORE = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "glm4", "mistral"]
 #: One of each further kind: experts, sinks, latent attention.
 KINDS = ["mixtral", "gpt_oss", "deepseek_v3"]
+#: Carried state: ALiBi and positions counted by the cache (`grow`), a recurrence whose prompt goes token by token, one in
+#: blocks, short convolutions beside attention (`replace`).
+CARRIED = ["bloom", "mamba", "mamba2", "lfm2"]
 #: Every kind of rotary scaling, past its original length.
 ROPES = [
     "llama-linear", "llama-llama3", "llama-yarn", "llama-proportional", "llama-dynamic", "llama-longrope", "phi3-longrope",

@@ -1,0 +1,333 @@
+"""Decoders whose state no attention operator keeps: plain ONNX, the state carried from one call to the next.
+
+For models outside transformers' attention interface, attention that GroupQueryAttention cannot express, and recurrences.
+The model runs its own code on transformers' own cache object; what that object holds after a call are the graph's
+outputs, and the next call's inputs. Which tensors those are is found by running the model at two lengths under fake
+tensors: a tensor whose size follows the length has the layout `grow`, any other `replace`.
+
+Two graphs of batch 1: `prefill` takes a whole prompt and no state; `decode` takes one token and the state. Where the
+prefill cannot be traced (its Python loops over the prompt), the package has `decode` alone, and prompts go through it
+token by token, which is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from llmx.export.lowering import _first_line, _place, _replaced, lower
+from llmx.export.passes import encoder_graph, is_parameter
+from llmx.export.rope import length_rule, untouched
+from llmx.export.trace import output_head
+from llmx.runtime.errors import LlmxError, UnsupportedModelError
+from llmx.runtime.manifest import StateTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+# Lengths of the example prompts: different, above 1, and no size that a model is likely to have.
+_SEQ, _OTHER_SEQ = 11, 13
+
+#: A traced prefill has taken the branches of the example's length: "is the prompt shorter than the convolution?" was
+#: answered once. Shorter prompts go through the decode graph; for longer ones `_trace_prefill` compares two traces.
+MIN_PREFILL = _SEQ
+
+
+@dataclass(frozen=True)
+class CarriedTensor:
+    """One tensor of the cache. `part` is its path in the layer's object (`keys`, `conv_states.0`), `shape` of batch 1,
+    `grows` the axis that follows the sequence's length (None: the tensor is replaced).
+    """
+
+    layer: int
+    part: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grows: int | None
+
+    @property
+    def input(self) -> str:
+        return f"past_key_values.{self.layer}.{_NAMES.get(self.part, self.part)}"
+
+    @property
+    def output(self) -> str:
+        return f"present.{self.layer}.{_NAMES.get(self.part, self.part)}"
+
+    def read(self, layer: Any) -> torch.Tensor:
+        tensor: torch.Tensor = dict(_tensors(layer))[self.part]
+        return tensor
+
+    def write(self, layer: Any, tensor: torch.Tensor) -> None:
+        name, _, key = self.part.partition(".")
+        if key:
+            getattr(layer, name)[int(key)] = tensor
+        else:
+            setattr(layer, name, tensor)
+
+    def describe(self) -> StateTensor:
+        """The manifest's entry."""
+        sizes: list[int | str] = ["slots", *self.shape[1:]]
+        if self.grows is not None:
+            sizes[self.grows] = "max_length"
+        layout = "replace" if self.grows is None else "grow"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return StateTensor(self.layer, _NAMES.get(self.part, self.part), layout, self.input, self.output, dtype, sizes)
+
+
+_NAMES = {"keys": "key", "values": "value"}
+
+
+def _tensors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """(path, tensor) of everything that a cache layer holds for its sequence; scalars are settings."""
+    for name, value in vars(layer).items():
+        items = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, tensor in items:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 0:
+                yield (name if key is None else f"{name}.{key}"), tensor
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What a model carries: the cache as it is after a prompt (its settings are a template), and its tensors."""
+
+    template: DynamicCache
+    tensors: list[CarriedTensor]
+    argument: str  # under which the model takes its cache
+
+    def describe(self) -> list[StateTensor]:
+        return [tensor.describe() for tensor in self.tensors]
+
+    def cache(self, past: list[torch.Tensor]) -> DynamicCache:
+        """A cache that holds `past`, as if the model had filled it."""
+        cache = copy.copy(self.template)
+        cache.layers = [_copy(layer) for layer in self.template.layers]
+        for tensor, value in zip(self.tensors, past, strict=True):
+            tensor.write(cache.layers[tensor.layer], value.clone())  # models write recurrent states in place
+        return cache
+
+
+def _copy(layer: Any) -> Any:
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(other, name, dict(value))
+    return other
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache of the kind that `generate` makes, but for sliding windows: their layers keep every position, and the
+    model's mask hides what has left the window, so that no size depends on the window in a way that a trace would fix.
+    """
+    cache = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+            cache.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[index] = DynamicLayer()
+    return cache
+
+
+def probe_carried(model: torch.nn.Module) -> Carried:
+    """Run `model` at two lengths under fake tensors and compare what its cache holds.
+
+    Raises UnsupportedModelError for a model that takes no cache of transformers' common kind, or keeps nothing in it.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    argument = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
+    if argument is None:
+        raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache (past_key_values)")
+    output_head(model)
+    if length_rule(model) is not None:
+        raise UnsupportedModelError(
+            "its rotary factors depend on the sequence's length, which carried state has no input for"
+        )
+    caches = []
+    with torch.no_grad(), untouched(model), _tracing(), FakeTensorMode(allow_non_fake_inputs=True):
+        for length in (_SEQ, _OTHER_SEQ):
+            cache = new_cache(model.config)
+            try:
+                _call(model, argument, torch.ones(1, length, dtype=torch.long), torch.arange(length)[None], cache)
+            except LlmxError:
+                raise
+            except Exception as error:
+                raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
+            caches.append(cache)
+    tensors = [
+        tensor
+        for index, layers in enumerate(zip(caches[0].layers, caches[1].layers, strict=True))
+        for tensor in _compare(index, *layers)
+    ]
+    if not tensors:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps nothing in the cache that it is given")
+    template = caches[0]
+    for tensor in tensors:  # a fake tensor in the template would be a bug: every trace puts its own there
+        tensor.write(template.layers[tensor.layer], None)
+    return Carried(template, tensors, argument)
+
+
+def _compare(index: int, layer: Any, other: Any) -> Iterator[CarriedTensor]:
+    """The tensors of a layer from its states after prompts of two lengths."""
+    seconds = dict(_tensors(other))
+    for part, first in _tensors(layer):
+        second = seconds.get(part)
+        if second is None or first.ndim != second.ndim or first.shape[0] != 1:
+            raise UnsupportedModelError(f"layer {index} of its cache keeps {part} in a form that depends on the prompt")
+        moved = [axis for axis in range(first.ndim) if first.shape[axis] != second.shape[axis]]
+        if [first.shape[a] for a in moved] not in ([], [_SEQ]):
+            raise UnsupportedModelError(
+                f"layer {index} of its cache keeps {part}, whose size is not the sequence's length"
+            )
+        yield CarriedTensor(index, part, tuple(int(d) for d in first.shape), first.dtype, moved[0] if moved else None)
+    for name, value in vars(layer).items():
+        if isinstance(value, int) and value != vars(other)[name]:
+            raise UnsupportedModelError(f"layer {index} of its cache counts positions in {name}")
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Fake and traced tensors have no address to mark."""
+    with _replaced(torch._dynamo, "mark_static_address", lambda *_, **__: None):
+        yield
+
+
+def _call(model: Any, argument: str, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    more: dict[str, Any] = {argument: cache, "use_cache": True, "return_dict": True}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        more["position_ids"] = position_ids
+    logits: torch.Tensor = model(input_ids=input_ids, **more).logits
+    return logits
+
+
+class _Module(torch.nn.Module):
+    """Base of the two traced functions, with the model's parameters under their own names (prefix `model.`)."""
+
+    def __init__(self, model: torch.nn.Module, carried: Carried) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.carried = carried
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+        logits = _call(self.model, self.carried.argument, input_ids, position_ids, cache)
+        return logits, [tensor.read(cache.layers[tensor.layer]) for tensor in self.carried.tensors]
+
+
+class CarriedPrefill(_Module):
+    """A whole prompt: logits [1, asked, vocab] at the asked columns, and the state after it."""
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_positions: torch.Tensor
+    ) -> dict[str, Any]:
+        def keep_asked(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (args[0].index_select(1, logits_positions[0]), *args[1:])
+
+        hook = output_head(self.model).register_forward_pre_hook(keep_asked)
+        try:
+            logits, present = self._run(input_ids, position_ids, new_cache(self.config))
+        finally:
+            hook.remove()
+        return {"logits": logits, "present": present}
+
+
+class CarriedDecode(_Module):
+    """One token after the state: logits [1, 1, vocab] and the new state."""
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]) -> dict[str, Any]:
+        logits, present = self._run(input_ids, position_ids, self.carried.cache(past))
+        return {"logits": logits, "present": present}
+
+
+def carried_graphs(model: torch.nn.Module, carried: Carried) -> dict[str, ir.Model]:
+    """The graphs by name: `decode`, and `prefill` where it can be traced. Raises UnsupportedModelError."""
+    graphs = {}
+    prefill = _trace_prefill(model, carried)
+    if prefill is not None:
+        graphs["prefill"] = prefill
+    graphs["decode"] = _trace_decode(model, carried)
+    for name, graph in graphs.items():
+        for value in list(graph.graph.initializers.values()):
+            if not is_parameter(value):  # named by each trace for itself, and one file holds both
+                value.name = f"{name}.{value.name}"
+    return graphs
+
+
+def _trace_prefill(model: torch.nn.Module, carried: Carried) -> ir.Model | None:
+    """The graph of whole prompts, or None where there is none for prompts of any length.
+
+    Recurrences work in blocks, and a loop over the blocks is unrolled by the tracer, whatever the symbolic length: such a
+    graph is right for the example's number of blocks alone. Traced with another, it has another number of nodes.
+    """
+    try:
+        graph = _lower_prefill(model, carried, _SEQ)
+        if any(tensor.grows is None for tensor in carried.tensors):
+            other = _lower_prefill(model, carried, 2 * _longest_block(model.config) + 5)
+            if [node.op_type for node in graph.graph] != [node.op_type for node in other.graph]:
+                return None
+    except UnsupportedModelError:
+        return None
+    _name(graph.graph, carried, {"input_ids": "seq", "position_ids": "seq", "logits_positions": "asked"}, "asked")
+    return encoder_graph(graph)
+
+
+def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int) -> ir.Model:
+    inputs = {
+        "input_ids": torch.ones(1, length, dtype=torch.long),
+        "position_ids": torch.arange(length)[None],
+        "logits_positions": torch.tensor([[0, 4]]),
+    }
+    dynamic = {name: {1: torch.export.Dim.DYNAMIC} for name in inputs}
+    with untouched(model), _tracing():
+        return lower(CarriedPrefill(model, carried), inputs, dynamic)
+
+
+def _longest_block(config: Any) -> int:
+    """The largest block that a recurrence may work in: the config's, and 64 where it is written in the code."""
+    sizes = [v for name, v in vars(config.get_text_config(decoder=True)).items() if "chunk" in name and type(v) is int]
+    return max([64, *sizes])
+
+
+def _trace_decode(model: torch.nn.Module, carried: Carried) -> ir.Model:
+    inputs = {
+        "input_ids": torch.ones(1, 1, dtype=torch.long),
+        "position_ids": torch.full((1, 1), _SEQ),
+        "past": [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in carried.tensors],
+    }
+    dynamic: dict[str, Any] = {
+        "input_ids": None,
+        "position_ids": None,
+        "past": [None if t.grows is None else {t.grows: torch.export.Dim.DYNAMIC} for t in carried.tensors],
+    }
+    with untouched(model), _tracing():
+        graph = lower(CarriedDecode(model, carried), inputs, dynamic)
+    _name(graph.graph, carried, {"input_ids": 1, "position_ids": 1}, 1)
+    return encoder_graph(graph)
+
+
+def _name(graph: ir.Graph, carried: Carried, columns: dict[str, int | str], asked: int | str) -> None:
+    """The package format's names and shapes for inputs and outputs."""
+    state: dict[str | None, CarriedTensor] = {}
+    for index, tensor in enumerate(carried.tensors):
+        state[f"past.{index}"] = state[f"present.{index}"] = tensor
+    for side, values in (("input", graph.inputs), ("output", graph.outputs)):
+        for value in values:
+            if value.name in state:
+                tensor = state[value.name]
+                value.name = tensor.input if side == "input" else tensor.output
+                sizes = [1, *tensor.describe().shape[1:]]
+                value.shape = ir.Shape(sizes)
+            elif value.name in columns:
+                value.shape = ir.Shape([1, columns[value.name]])
+    logits = graph.outputs[0]
+    assert logits.name == "logits" and logits.shape is not None
+    logits.shape = ir.Shape([1, asked, logits.shape[2]])

@@ -1,0 +1,157 @@
+"""Packages whose state is carried from call to call: layouts `grow` and `replace`, one row at a time.
+
+Such a graph takes the state as plain inputs and returns it as outputs. Rows differ in length, and a padded or repeated
+token would corrupt a recurrence, so each row runs alone: the reference that a batch must equal anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llmx.runtime.dtypes import numpy_dtype
+from llmx.runtime.errors import LlmxError, OutOfMemoryError
+from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+from llmx.runtime.providers import import_onnxruntime
+from llmx.runtime.state import StatePlan
+
+
+class CarriedBackend:
+    """A Backend over state that is passed from each call to the next.
+
+    Invariant: a state value is never written once it exists, so slots may share it, and copying a slot costs nothing.
+    """
+
+    recompute_at: int | None = None
+
+    def __init__(self, manifest: Manifest, sessions: dict[str, Any], plan: StatePlan) -> None:
+        self.manifest = manifest
+        self.slots, self.max_length = plan.slots, plan.max_length
+        self.vocab_size = manifest.model.vocab_size
+        self.chunked = "prefill" not in sessions
+        self.rewinds = all(tensor.layout == "grow" for tensor in manifest.state)
+        self._sessions = sessions
+        self._options = import_onnxruntime().RunOptions()
+        self._state: list[list[Any]] = [self._empty() for _ in range(plan.slots)]
+        self._lengths = [0] * plan.slots
+        self._logits = np.empty((plan.slots, self.vocab_size), self._logits_dtype("decode"))
+
+    def _logits_dtype(self, graph: str) -> np.dtype:
+        return numpy_dtype(self.manifest.graphs[graph].outputs[0].dtype)
+
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
+        count = len(token_ids)
+        assert start >= 0 and start + count <= self.max_length and 0 <= slot < self.slots
+        self._rewind(slot, start)
+        if start == 0 and "prefill" in self._sessions and count >= self.manifest.model.min_prefill:
+            logits = np.empty((1, len(positions), self.vocab_size), self._logits_dtype("prefill"))
+            feeds = {"input_ids": token_ids, "position_ids": np.arange(count), "logits_positions": positions}
+            self._state[slot] = self._run("prefill", {role: array[None] for role, array in feeds.items()}, [], logits)
+            self._lengths[slot] = count
+            return logits[0]
+        asked = np.empty((len(positions), self.vocab_size), self._logits_dtype("decode"))
+        rows: dict[int, list[int]] = {}
+        for row, position in enumerate(positions):
+            rows.setdefault(int(position), []).append(row)
+        for offset, token in enumerate(token_ids):
+            logits = self._step(slot, int(token))
+            asked[rows.get(offset, [])] = logits
+        return asked
+
+    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+        for row in range(len(token_ids)):
+            if active is None or active[row]:
+                self._rewind(row, int(lengths[row]))
+                self._logits[row] = self._step(row, int(token_ids[row]))
+        return self._logits[: len(token_ids)]
+
+    def _step(self, slot: int, token: int) -> np.ndarray:
+        """One token after the slot's state; logits [vocab]."""
+        logits = np.empty((1, 1, self.vocab_size), self._logits_dtype("decode"))
+        feeds = {"input_ids": np.array([[token]]), "position_ids": np.array([[self._lengths[slot]]])}
+        self._state[slot] = self._run("decode", feeds, self._state[slot], logits)
+        self._lengths[slot] += 1
+        return logits[0, 0]
+
+    def _run(self, name: str, feeds: dict[str, np.ndarray], state: list[Any], logits: np.ndarray) -> list[Any]:
+        """Run graph `name`, fill `logits`, and return the new state in the manifest's order."""
+        ort = import_onnxruntime()
+        graph: GraphInfo = self.manifest.graphs[name]
+        binding = self._sessions[name].io_binding()
+        kept = []  # onnxruntime reads them during the run and does not own them
+        for info in graph.inputs:
+            if info.role in feeds:
+                kept.append(np.ascontiguousarray(feeds[info.role], numpy_dtype(info.dtype)))
+                binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(kept[-1]))
+        for tensor, value in zip(self.manifest.state if state else [], state, strict=True):
+            binding.bind_ortvalue_input(tensor.input, value)
+        binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(ort, logits))
+        for tensor in self.manifest.state:
+            binding.bind_output(tensor.output, "cpu")
+        try:
+            self._sessions[name].run_with_iobinding(binding, self._options)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise run_error(error) from None
+        return list(binding.get_outputs())[1:]
+
+    def _empty(self) -> list[Any]:
+        """The state before the first token: nothing where it grows, zeros where it is replaced."""
+        ort = import_onnxruntime()
+        zeros = (np.zeros([1, *_sizes(tensor)], numpy_dtype(tensor.dtype)) for tensor in self.manifest.state)
+        return [ort_value(ort, array) for array in zeros]
+
+    def _rewind(self, slot: int, length: int) -> None:
+        """Make the slot hold its first `length` positions alone."""
+        if length == 0:
+            self._state[slot], self._lengths[slot] = self._empty(), 0
+        elif length != self._lengths[slot]:
+            self._state[slot] = self._beginning(slot, length)
+            self._lengths[slot] = length
+
+    def _beginning(self, slot: int, length: int) -> list[Any]:
+        assert length <= self._lengths[slot] and self.rewinds, (
+            f"slot {slot} holds {self._lengths[slot]} positions of a state that keeps no past, and {length} are wanted"
+        )
+        ort, values = import_onnxruntime(), []
+        for tensor, value in zip(self.manifest.state, self._state[slot], strict=True):
+            axis = tensor.shape.index("max_length")
+            whole = value.numpy() if tensor.dtype != "bfloat16" else _bfloat16(value)
+            values.append(ort_value(ort, np.ascontiguousarray(whole.take(range(length), axis))))
+        return values
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        same = length == self._lengths[source]
+        self._state[target] = list(self._state[source]) if same else self._beginning(source, length)
+        self._lengths[target] = length
+
+    def close(self) -> None:
+        """Free sessions and state; the backend must not be used afterwards."""
+        self._sessions.clear()
+        self._state = []
+
+
+def _sizes(tensor: StateTensor) -> list[int]:
+    return [dim if isinstance(dim, int) else 0 for dim in tensor.shape[1:]]
+
+
+def _bfloat16(value: Any) -> np.ndarray:
+    raise LlmxError("A bfloat16 state cannot be rewound with this onnxruntime; export the model in fp32 or fp16.")
+
+
+def ort_value(ort: Any, array: np.ndarray) -> Any:
+    """An OrtValue over `array`'s memory (no copy). The array must outlive it."""
+    if array.dtype in (np.float32, np.float16, np.int64, np.int32):
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as CValue  # bfloat16: numpy does not know it
+
+    return ort.OrtValue(CValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16))
+
+
+def run_error(error: Exception) -> LlmxError:
+    """What a failed run of onnxruntime means, in one sentence."""
+    reason = " ".join(str(error).split())[:300]
+    if "llocat" in reason or "memory" in reason.lower():
+        return OutOfMemoryError(f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk.")
+    return LlmxError(f"onnxruntime failed to run the graph: {reason}")
