@@ -5,6 +5,7 @@ from llmx.export import ExportOptions, export_model
 result = export_model(ExportOptions("artifacts/checkpoints/demo"))
 """
 
-from llmx.export.export import ExportOptions, ExportResult, Reporter, export_model
+from llmx.export.export import export_model
+from llmx.export.work import ExportOptions, ExportResult, Reporter
 
 __all__ = ["ExportOptions", "ExportResult", "Reporter", "export_model"]

@@ -55,20 +55,26 @@ class CarriedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     grows: int | None
+    side: str | None = None  # of an encoder-decoder: "decoder", or "encoder" for the cross-attention's
+
+    @property
+    def name(self) -> str:
+        part = _NAMES.get(self.part, self.part)
+        return part if self.side is None else f"{self.side}.{part}"
 
     @property
     def input(self) -> str:
-        return f"past_key_values.{self.layer}.{_NAMES.get(self.part, self.part)}"
+        return f"past_key_values.{self.layer}.{self.name}"
 
     @property
     def output(self) -> str:
-        return f"present.{self.layer}.{_NAMES.get(self.part, self.part)}"
+        return f"present.{self.layer}.{self.name}"
 
     def read(self, layer: Any) -> torch.Tensor:
         tensor: torch.Tensor = dict(_tensors(layer))[self.part]
         return tensor
 
-    def write(self, layer: Any, tensor: torch.Tensor) -> None:
+    def write(self, layer: Any, tensor: torch.Tensor | None) -> None:
         name, _, key = self.part.partition(".")
         if key:
             getattr(layer, name)[int(key)] = tensor
@@ -79,10 +85,10 @@ class CarriedTensor:
         """The manifest's entry."""
         sizes: list[int | str] = ["slots", *self.shape[1:]]
         if self.grows is not None:
-            sizes[self.grows] = "max_length"
-        layout = "replace" if self.grows is None else "grow"
+            sizes[self.grows] = "max_length" if self.side != "encoder" else "source_length"
+        layout = "replace" if self.grows is None else "cross" if self.side == "encoder" else "grow"
         dtype = str(self.dtype).removeprefix("torch.")
-        return StateTensor(self.layer, _NAMES.get(self.part, self.part), layout, self.input, self.output, dtype, sizes)
+        return StateTensor(self.layer, self.name, layout, self.input, self.output, dtype, sizes)
 
 
 _NAMES = {"keys": "key", "values": "value"}
@@ -104,6 +110,13 @@ class Carried:
     template: DynamicCache
     tensors: list[CarriedTensor]
     argument: str  # under which the model takes its cache
+
+    @staticmethod
+    def of(cache: DynamicCache, tensors: list[CarriedTensor], argument: str) -> Carried:
+        """With `cache` as the template. A tensor left in it would be a bug: every trace puts its own there."""
+        for tensor in tensors:
+            tensor.write(cache.layers[tensor.layer], None)
+        return Carried(cache, tensors, argument)
 
     def describe(self) -> list[StateTensor]:
         return [tensor.describe() for tensor in self.tensors]
@@ -153,7 +166,7 @@ def probe_carried(model: torch.nn.Module) -> Carried:
             "its rotary factors depend on the sequence's length, which carried state has no input for"
         )
     caches = []
-    with torch.no_grad(), untouched(model), _tracing(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), untouched(model), tracing(), FakeTensorMode(allow_non_fake_inputs=True):
         for length in (_SEQ, _OTHER_SEQ):
             cache = new_cache(model.config)
             try:
@@ -166,36 +179,34 @@ def probe_carried(model: torch.nn.Module) -> Carried:
     tensors = [
         tensor
         for index, layers in enumerate(zip(caches[0].layers, caches[1].layers, strict=True))
-        for tensor in _compare(index, *layers)
+        for tensor in compare_layers(index, *layers, length=_SEQ)
     ]
     if not tensors:
         raise UnsupportedModelError(f"{type(model).__name__} keeps nothing in the cache that it is given")
-    template = caches[0]
-    for tensor in tensors:  # a fake tensor in the template would be a bug: every trace puts its own there
-        tensor.write(template.layers[tensor.layer], None)
-    return Carried(template, tensors, argument)
+    return Carried.of(caches[0], tensors, argument)
 
 
-def _compare(index: int, layer: Any, other: Any) -> Iterator[CarriedTensor]:
-    """The tensors of a layer from its states after prompts of two lengths."""
+def compare_layers(index: int, layer: Any, other: Any, length: int, side: str | None = None) -> Iterator[CarriedTensor]:
+    """The tensors of a layer from its states after prompts of two lengths, the first being `length`."""
     seconds = dict(_tensors(other))
     for part, first in _tensors(layer):
         second = seconds.get(part)
         if second is None or first.ndim != second.ndim or first.shape[0] != 1:
             raise UnsupportedModelError(f"layer {index} of its cache keeps {part} in a form that depends on the prompt")
         moved = [axis for axis in range(first.ndim) if first.shape[axis] != second.shape[axis]]
-        if [first.shape[a] for a in moved] not in ([], [_SEQ]):
+        if [first.shape[a] for a in moved] not in ([], [length]):
             raise UnsupportedModelError(
                 f"layer {index} of its cache keeps {part}, whose size is not the sequence's length"
             )
-        yield CarriedTensor(index, part, tuple(int(d) for d in first.shape), first.dtype, moved[0] if moved else None)
+        shape = tuple(int(d) for d in first.shape)
+        yield CarriedTensor(index, part, shape, first.dtype, moved[0] if moved else None, side)
     for name, value in vars(layer).items():
         if isinstance(value, int) and value != vars(other)[name]:
             raise UnsupportedModelError(f"layer {index} of its cache counts positions in {name}")
 
 
 @contextmanager
-def _tracing() -> Iterator[None]:
+def tracing() -> Iterator[None]:
     """Fake and traced tensors have no address to mark."""
     with _replaced(torch._dynamo, "mark_static_address", lambda *_, **__: None):
         yield
@@ -255,11 +266,16 @@ def carried_graphs(model: torch.nn.Module, carried: Carried) -> dict[str, ir.Mod
     if prefill is not None:
         graphs["prefill"] = prefill
     graphs["decode"] = _trace_decode(model, carried)
+    separate_names(graphs)
+    return graphs
+
+
+def separate_names(graphs: dict[str, ir.Model]) -> None:
+    """Constants are named by each trace for itself, and one file holds those of all graphs."""
     for name, graph in graphs.items():
         for value in list(graph.graph.initializers.values()):
-            if not is_parameter(value):  # named by each trace for itself, and one file holds both
+            if not is_parameter(value):
                 value.name = f"{name}.{value.name}"
-    return graphs
 
 
 def _trace_prefill(model: torch.nn.Module, carried: Carried) -> ir.Model | None:
@@ -271,7 +287,7 @@ def _trace_prefill(model: torch.nn.Module, carried: Carried) -> ir.Model | None:
     try:
         graph = _lower_prefill(model, carried, _SEQ)
         if any(tensor.grows is None for tensor in carried.tensors):
-            other = _lower_prefill(model, carried, 2 * _longest_block(model.config) + 5)
+            other = _lower_prefill(model, carried, 2 * longest_block(model.config) + 5)
             if [node.op_type for node in graph.graph] != [node.op_type for node in other.graph]:
                 return None
     except UnsupportedModelError:
@@ -287,11 +303,11 @@ def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int) -> ir.
         "logits_positions": torch.tensor([[0, 4]]),
     }
     dynamic = {name: {1: torch.export.Dim.DYNAMIC} for name in inputs}
-    with untouched(model), _tracing():
+    with untouched(model), tracing():
         return lower(CarriedPrefill(model, carried), inputs, dynamic)
 
 
-def _longest_block(config: Any) -> int:
+def longest_block(config: Any) -> int:
     """The largest block that a recurrence may work in: the config's, and 64 where it is written in the code."""
     sizes = [v for name, v in vars(config.get_text_config(decoder=True)).items() if "chunk" in name and type(v) is int]
     return max([64, *sizes])
@@ -308,7 +324,7 @@ def _trace_decode(model: torch.nn.Module, carried: Carried) -> ir.Model:
         "position_ids": None,
         "past": [None if t.grows is None else {t.grows: torch.export.Dim.DYNAMIC} for t in carried.tensors],
     }
-    with untouched(model), _tracing():
+    with untouched(model), tracing():
         graph = lower(CarriedDecode(model, carried), inputs, dynamic)
     _name(graph.graph, carried, {"input_ids": 1, "position_ids": 1}, 1)
     return encoder_graph(graph)
@@ -316,18 +332,20 @@ def _trace_decode(model: torch.nn.Module, carried: Carried) -> ir.Model:
 
 def _name(graph: ir.Graph, carried: Carried, columns: dict[str, int | str], asked: int | str) -> None:
     """The package format's names and shapes for inputs and outputs."""
-    state: dict[str | None, CarriedTensor] = {}
-    for index, tensor in enumerate(carried.tensors):
-        state[f"past.{index}"] = state[f"present.{index}"] = tensor
-    for side, values in (("input", graph.inputs), ("output", graph.outputs)):
-        for value in values:
-            if value.name in state:
-                tensor = state[value.name]
-                value.name = tensor.input if side == "input" else tensor.output
-                sizes = [1, *tensor.describe().shape[1:]]
-                value.shape = ir.Shape(sizes)
-            elif value.name in columns:
-                value.shape = ir.Shape([1, columns[value.name]])
+    by_name = {f"{side}.{i}": tensor for side in ("past", "present") for i, tensor in enumerate(carried.tensors)}
+    graph_state_names(graph, by_name, columns)
     logits = graph.outputs[0]
     assert logits.name == "logits" and logits.shape is not None
     logits.shape = ir.Shape([1, asked, logits.shape[2]])
+
+
+def graph_state_names(graph: ir.Graph, state: dict[str, CarriedTensor], columns: dict[str, int | str]) -> None:
+    """Rename the inputs and outputs that hold `state` (by their traced names), and give the `columns` of the others."""
+    for values, is_input in ((graph.inputs, True), (graph.outputs, False)):
+        for value in values:
+            tensor = state.get(value.name or "")
+            if tensor is not None:
+                value.name = tensor.input if is_input else tensor.output
+                value.shape = ir.Shape([1, *tensor.describe().shape[1:]])
+            elif value.name in columns:
+                value.shape = ir.Shape([1, columns[value.name]])

@@ -13,9 +13,11 @@ from llmx.runtime.hub import download, looks_like_hub_id
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*"]
 
 
-#: Task -> transformers' auto class. All but "generate" are exported as encoders.
+#: Task -> transformers' auto class. All but "generate" and "seq2seq" (a generating encoder-decoder) are exported as
+#: encoders.
 TASKS = {
     "generate": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
     "embed": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
     "token-classify": "AutoModelForTokenClassification",
@@ -101,15 +103,10 @@ def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
 
 
 def _check_config(config: Any, model: str) -> None:
-    what = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{model} is already quantized ({method}), which llmx does not read yet; export the original checkpoint instead."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{model} ({what}) is an encoder-decoder; llmx exports decoder-only and encoder-only models so far."
         )
 
 
@@ -132,6 +129,13 @@ def _task(config: Any, folder: Path, model: str, wanted: str) -> str:
         names = getattr(modeling_auto, mapping).values()
         return any(architecture in (name if isinstance(name, (tuple, list)) else (name,)) for name in names)
 
+    seq2seq = getattr(config, "is_encoder_decoder", False)
+    if seq2seq and wanted in ("auto", "generate") and (can("seq2seq") or wanted == "generate"):
+        wanted = "seq2seq"
+    if seq2seq and wanted not in ("auto", "seq2seq"):
+        raise UnsupportedModelError(
+            f"{model} ({architecture}) is an encoder-decoder, which llmx exports for generation alone; leave out --task."
+        )
     if wanted == "auto":
         if (folder / "modules.json").is_file():
             wanted = "embed"

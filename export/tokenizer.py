@@ -88,7 +88,8 @@ def _write_templates(template: str | dict[str, str] | None, folder: Path) -> tup
     return default, named
 
 
-def _generation_config(checkpoint: Checkpoint) -> Any:
+def generation_config(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's generation_config.json, or what its config implies. Raises CheckpointError."""
     from transformers import GenerationConfig
 
     if not (checkpoint.path / "generation_config.json").is_file():
@@ -102,7 +103,7 @@ def _generation_config(checkpoint: Checkpoint) -> Any:
 
 def _eos_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
     """generation_config's end tokens, else the config's, else the tokenizer's: the order `generate` uses."""
-    sources = (_generation_config(checkpoint).eos_token_id, getattr(checkpoint.config, "eos_token_id", None))
+    sources = (generation_config(checkpoint).eos_token_id, getattr(checkpoint.config, "eos_token_id", None))
     for eos in (*sources, tokenizer.eos_token_id):
         if eos is not None:
             return sorted({int(e) for e in (eos if isinstance(eos, (list, tuple)) else [eos])})
@@ -114,7 +115,7 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
 
     As in transformers, sampling settings count only where `do_sample` is set; else the default is greedy.
     """
-    config = _generation_config(checkpoint)
+    config = generation_config(checkpoint)
     defaults: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
         defaults["temperature"] = 1.0 if config.temperature is None else float(config.temperature)
@@ -134,5 +135,9 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
         "bad_words_ids": None,
         "suppress_tokens": None,
     }
+    if checkpoint.task == "seq2seq":  # honoured there, but for words of several tokens
+        del neutral["suppress_tokens"]
+        if all(len(words) == 1 for words in config.bad_words_ids or []):
+            del neutral["bad_words_ids"]
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]
     return defaults, ignored

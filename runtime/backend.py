@@ -50,6 +50,10 @@ class Backend(Protocol):
         """
         ...
 
+    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+        """Encoder-decoders: read int64 [n] source tokens, which the slot attends to from its next prefill on."""
+        ...
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Make the first `length` positions of slot `target` those of `source`."""
         ...
@@ -119,6 +123,9 @@ class OrtBackend:
         step.feed("total_sequence_length", lengths.max() + 1)
         step.feed("rope_lengths", lengths[:, None] + 1)
         return step.run(self._run_options)[:, 0]
+
+    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+        raise AssertionError("a decoder-only package has no encoder")
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self._state.copy_slot(source, target, length)

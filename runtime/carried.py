@@ -29,15 +29,33 @@ class CarriedBackend:
         self.slots, self.max_length = plan.slots, plan.max_length
         self.vocab_size = manifest.model.vocab_size
         self.chunked = "prefill" not in sessions
-        self.rewinds = all(tensor.layout == "grow" for tensor in manifest.state)
+        self._own = [tensor for tensor in manifest.state if tensor.layout != "cross"]
+        self._crossed = [tensor for tensor in manifest.state if tensor.layout == "cross"]
+        self.rewinds = all(tensor.layout == "grow" for tensor in self._own)
         self._sessions = sessions
         self._options = import_onnxruntime().RunOptions()
         self._state: list[list[Any]] = [self._empty() for _ in range(plan.slots)]
+        self._cross: list[list[Any]] = [[] for _ in range(plan.slots)]
         self._lengths = [0] * plan.slots
         self._logits = np.empty((plan.slots, self.vocab_size), self._logits_dtype("decode"))
 
     def _logits_dtype(self, graph: str) -> np.dtype:
         return numpy_dtype(self.manifest.graphs[graph].outputs[0].dtype)
+
+    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+        """Read int64 [n] source tokens: the slot's next prefill and all that follows attend to them."""
+        ort = import_onnxruntime()
+        [info] = self.manifest.graphs["encoder"].inputs
+        ids = np.ascontiguousarray(source_ids[None], numpy_dtype(info.dtype))
+        binding = self._sessions["encoder"].io_binding()
+        binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(ids))
+        for tensor in self._crossed:
+            binding.bind_output(tensor.output, "cpu")
+        try:
+            self._sessions["encoder"].run_with_iobinding(binding, self._options)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise run_error(error) from None
+        self._cross[slot] = list(binding.get_outputs())
 
     def prefill(
         self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
@@ -48,7 +66,7 @@ class CarriedBackend:
         if start == 0 and "prefill" in self._sessions and count >= self.manifest.model.min_prefill:
             logits = np.empty((1, len(positions), self.vocab_size), self._logits_dtype("prefill"))
             feeds = {"input_ids": token_ids, "position_ids": np.arange(count), "logits_positions": positions}
-            self._state[slot] = self._run("prefill", {role: array[None] for role, array in feeds.items()}, [], logits)
+            self._state[slot] = self._run("prefill", {role: array[None] for role, array in feeds.items()}, {}, logits)
             self._lengths[slot] = count
             return logits[0]
         asked = np.empty((len(positions), self.vocab_size), self._logits_dtype("decode"))
@@ -71,12 +89,14 @@ class CarriedBackend:
         """One token after the slot's state; logits [vocab]."""
         logits = np.empty((1, 1, self.vocab_size), self._logits_dtype("decode"))
         feeds = {"input_ids": np.array([[token]]), "position_ids": np.array([[self._lengths[slot]]])}
-        self._state[slot] = self._run("decode", feeds, self._state[slot], logits)
+        past = {tensor.input: value for tensor, value in zip(self._own, self._state[slot], strict=True)}
+        past |= {tensor.input: value for tensor, value in zip(self._crossed, self._cross[slot], strict=True)}
+        self._state[slot] = self._run("decode", feeds, past, logits)
         self._lengths[slot] += 1
         return logits[0, 0]
 
-    def _run(self, name: str, feeds: dict[str, np.ndarray], state: list[Any], logits: np.ndarray) -> list[Any]:
-        """Run graph `name`, fill `logits`, and return the new state in the manifest's order."""
+    def _run(self, name: str, feeds: dict[str, np.ndarray], past: dict[str, Any], logits: np.ndarray) -> list[Any]:
+        """Run graph `name` on the state `past` (by input), fill `logits`, and return the new state in `_own`'s order."""
         ort = import_onnxruntime()
         graph: GraphInfo = self.manifest.graphs[name]
         binding = self._sessions[name].io_binding()
@@ -85,10 +105,10 @@ class CarriedBackend:
             if info.role in feeds:
                 kept.append(np.ascontiguousarray(feeds[info.role], numpy_dtype(info.dtype)))
                 binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(kept[-1]))
-        for tensor, value in zip(self.manifest.state if state else [], state, strict=True):
-            binding.bind_ortvalue_input(tensor.input, value)
+        for input_name, value in past.items():
+            binding.bind_ortvalue_input(input_name, value)
         binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(ort, logits))
-        for tensor in self.manifest.state:
+        for tensor in self._own:
             binding.bind_output(tensor.output, "cpu")
         try:
             self._sessions[name].run_with_iobinding(binding, self._options)
@@ -99,7 +119,7 @@ class CarriedBackend:
     def _empty(self) -> list[Any]:
         """The state before the first token: nothing where it grows, zeros where it is replaced."""
         ort = import_onnxruntime()
-        zeros = (np.zeros([1, *_sizes(tensor)], numpy_dtype(tensor.dtype)) for tensor in self.manifest.state)
+        zeros = (np.zeros([1, *_sizes(tensor)], numpy_dtype(tensor.dtype)) for tensor in self._own)
         return [ort_value(ort, array) for array in zeros]
 
     def _rewind(self, slot: int, length: int) -> None:
@@ -115,7 +135,7 @@ class CarriedBackend:
             f"slot {slot} holds {self._lengths[slot]} positions of a state that keeps no past, and {length} are wanted"
         )
         ort, values = import_onnxruntime(), []
-        for tensor, value in zip(self.manifest.state, self._state[slot], strict=True):
+        for tensor, value in zip(self._own, self._state[slot], strict=True):
             axis = tensor.shape.index("max_length")
             whole = value.numpy() if tensor.dtype != "bfloat16" else _bfloat16(value)
             values.append(ort_value(ort, np.ascontiguousarray(whole.take(range(length), axis))))
@@ -124,6 +144,7 @@ class CarriedBackend:
     def copy_slot(self, source: int, target: int, length: int) -> None:
         same = length == self._lengths[source]
         self._state[target] = list(self._state[source]) if same else self._beginning(source, length)
+        self._cross[target] = self._cross[source]
         self._lengths[target] = length
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
+from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.sampling import Choice, choose, make_generator, with_logprobs
@@ -23,8 +24,11 @@ class Engine:
     `step` by one thread at a time.
     """
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 192) -> None:
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 192, seq2seq: Seq2SeqInfo | None = None
+    ) -> None:
         self.backend = backend
+        self.seq2seq = seq2seq
         self.tokenizer = tokenizer
         self.scheduler = Scheduler(
             backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
@@ -41,8 +45,9 @@ class Engine:
         prompt_ids: list[int],
         params: SamplingParams,
         emit: Callable[[StreamPiece], None] | None = None,
+        source_ids: list[int] | None = None,
     ) -> Request:
-        """Queue a request (`params` resolved). Raises RequestError or ContextLengthError at once where it cannot run."""
+        """Queue a request (`params` resolved); `source_ids` (checked) go to an encoder-decoder's encoder. Raises RequestError or ContextLengthError at once where it cannot run."""
         self.check_ids(prompt_ids)
         vocab, longest = self.backend.vocab_size, self.backend.max_length
         if max(params.stop_token_ids, default=0) >= vocab:
@@ -52,7 +57,8 @@ class Engine:
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
                 "shorten the prompt or raise max_length."
             )
-        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit)
+        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source_ids=source_ids)
+        context = prompt_ids if source_ids is None else []  # a decoder's prompt is no text that the output goes on from
         for index in range(params.n):
             seed = None if params.seed is None else (params.seed + index) % 2**64
             request.sequences.append(
@@ -61,7 +67,7 @@ class Engine:
                     index,
                     params,
                     make_generator(seed),
-                    IncrementalDetokenizer(self.tokenizer, prompt_ids, params.skip_special_tokens),
+                    IncrementalDetokenizer(self.tokenizer, context, params.skip_special_tokens),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     list(prompt_ids),
                 )
@@ -69,7 +75,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         request.metrics.arrival = time.perf_counter()
-        request.metrics.num_prompt_tokens = len(prompt_ids)
+        request.metrics.num_prompt_tokens = len(prompt_ids if source_ids is None else source_ids)
         with self._lock:
             if self._ended is not None:
                 raise self._ended()
@@ -166,6 +172,8 @@ class Engine:
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
         asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
+        if plan.start == 0 and sequence.request.source_ids is not None:
+            self.backend.encode(sequence.slot, np.array(sequence.request.source_ids, np.int64))
         logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
         sequence.num_cached = plan.end
         if scored:
@@ -204,8 +212,10 @@ class Engine:
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
         early = sequence.num_output < params.min_tokens
         try:
-            masked = [e for e in ends | set(info.eos_token_ids) if e < len(logits)] if early else None
-            choice = choose(logits, params, sequence.generator, masked)
+            masked = [e for e in ends | set(info.eos_token_ids) if e < len(logits)] if early else []
+            if self.seq2seq is not None:
+                logits, masked = self._ruled(sequence, logits, masked)
+            choice = choose(logits, params, sequence.generator, masked or None)
         except LlmxError as error:
             self._fail(sequence.request, error)
             return
@@ -225,6 +235,20 @@ class Engine:
             self._finish(sequence, "length", None, shown, logprobs)
         else:
             self._emit(sequence, shown, [choice.token], logprobs)
+
+    def _ruled(self, sequence: Sequence, logits: np.ndarray, masked: list[int]) -> tuple[np.ndarray, list[int]]:
+        """An encoder-decoder's own rules: what it may not say, and the token that an output cut at its longest ends with."""
+        assert self.seq2seq is not None
+        masked = masked + self.seq2seq.suppress_tokens
+        if sequence.num_output == 0:
+            masked += self.seq2seq.begin_suppress_tokens
+        last = sequence.num_output + 1 >= (sequence.params.max_tokens or 0) and not sequence.params.ignore_eos
+        end = self.seq2seq.forced_eos_token_id
+        if last and end is not None:
+            only = np.full_like(logits, -np.inf)
+            only[end] = 0
+            return only, []
+        return logits, masked
 
     def _count(self, sequence: Sequence) -> None:
         metrics, now = sequence.request.metrics, time.perf_counter()

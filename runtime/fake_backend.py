@@ -65,6 +65,9 @@ class FakeBackend:
             rows.append(self.next_logits(self._written[slot]))
         return np.array(rows)
 
+    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+        raise AssertionError("the fake is decoder-only")
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         assert length <= len(self._written[source])
         assert self.rewinds or length == len(self._written[source])

@@ -78,7 +78,7 @@ class LLM:
             self.encoder = open_encoder(folder, manifest, device, threads, spin, mapped_cache, cache)
             self.tokenizer = self.encoder.tokenizer
             return
-        if manifest.family != "decoder":
+        if manifest.family not in ("decoder", "encoder-decoder"):
             raise FamilyError(f"{folder} is an {manifest.family} model, which this llmx does not run; upgrade llmx.")
         tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
@@ -89,7 +89,7 @@ class LLM:
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
-        self.engine = self._driver.engine = Engine(backend, tokenizer, prefill_chunk)
+        self.engine = self._driver.engine = Engine(backend, tokenizer, prefill_chunk, manifest.seq2seq)
         self._templates: dict[str, ChatTemplate] = {}
 
     @property
@@ -209,6 +209,8 @@ class LLM:
         Raises RequestError for a prompt without tokens, ContextLengthError for more than `max_length` of them.
         """
         self.need_generation()
+        if self.manifest.seq2seq is not None:
+            raise FamilyError(f"{self.folder} is an encoder-decoder, whose prompts have no probabilities to score.")
         chunk = self.prefill_chunk if self.backend.chunked else self.max_length
         results = []
         for prompt in _as_list(prompts):
@@ -229,6 +231,8 @@ class LLM:
             self.encoder.run({"input_ids": ones, "attention_mask": ones, "token_type_ids": ones * 0})
             return
         with self._driver.at_rest():
+            if self.manifest.seq2seq is not None:
+                self.backend.encode(0, np.zeros(min(16, self.manifest.seq2seq.max_source_length), np.int64))
             count = min(self.prefill_chunk, self.max_length - 1)
             self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
             self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
@@ -245,12 +249,31 @@ class LLM:
             for prompt, params, emit in wanted:
                 ids = self._encode(prompt)
                 resolved = params.resolved(self.manifest.generation)
-                requests.append(self.engine.add(prompt if isinstance(prompt, str) else None, ids, resolved, emit))
+                text = prompt if isinstance(prompt, str) else None
+                if self.manifest.seq2seq is None:
+                    requests.append(self.engine.add(text, ids, resolved, emit))
+                else:
+                    start = self.manifest.seq2seq.decoder_prompt
+                    requests.append(self.engine.add(text, start, resolved, emit, self._source(ids)))
         except BaseException:
             self._abandon(requests)
             raise
         self._driver.wake()
         return requests
+
+    def _source(self, ids: list[int]) -> list[int]:
+        """Checked ids for the encoder. Raises RequestError or ContextLengthError."""
+        info = self.manifest.seq2seq
+        assert info is not None
+        if not ids:
+            raise RequestError("The prompt is empty; give at least one token of text.")
+        if min(ids) < 0 or max(ids) >= info.source_vocab_size:
+            raise RequestError(f"Prompt token ids must lie between 0 and {info.source_vocab_size - 1}.")
+        if len(ids) > info.max_source_length:
+            raise ContextLengthError(
+                f"The prompt has {len(ids)} tokens and the encoder reads {info.max_source_length}; shorten it."
+            )
+        return ids
 
     def _abandon(self, requests: list[Request]) -> None:
         for request in requests:
@@ -327,5 +350,11 @@ def _output(request: Request) -> RequestOutput:
         for s in request.sequences
     ]
     return RequestOutput(
-        request.id, request.prompt, request.prompt_ids, outputs, request.metrics, True, request.prompt_logprobs
+        request.id,
+        request.prompt,
+        request.source_ids or request.prompt_ids,
+        outputs,
+        request.metrics,
+        True,
+        request.prompt_logprobs,
     )

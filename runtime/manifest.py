@@ -73,7 +73,7 @@ class GraphInfo:
 class StateTensor:
     """One state tensor: `in_place` buffers are bound as past and present at once; the output of a `grow` tensor is its
     input with new rows, that of a `replace` tensor (a recurrence) has its input's shape. Before the first token a `grow`
-    tensor has no rows and a `replace` tensor is zero.
+    tensor has no rows and a `replace` tensor is zero. A `cross` tensor is the encoder graph's output and every step's input.
 
     `shape` is the buffer's template, e.g. `["slots", 3, "max_length", 64]`. `window` is the number of positions that
     the layer attends to (None: all). Row `slot` of the outermost axis belongs to one request.
@@ -81,7 +81,7 @@ class StateTensor:
 
     layer: int
     part: str  # "key" | "value" | what the model's cache calls it
-    layout: str  # "in_place" | "grow" | "replace"
+    layout: str  # "in_place" | "grow" | "replace" | "cross"
     input: str
     output: str
     dtype: str
@@ -142,6 +142,23 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True)
+class Seq2SeqInfo:
+    """What an encoder-decoder needs besides its graphs. Lengths in tokens, special ones included.
+
+    `decoder_prompt`: the decoder's start token, and those that generation forces after it. `suppress_tokens` are never
+    chosen, `begin_suppress_tokens` not as the first; `forced_eos_token_id` is the last token of an output cut at its
+    longest.
+    """
+
+    max_source_length: int
+    source_vocab_size: int
+    decoder_prompt: list[int]
+    suppress_tokens: list[int] = field(default_factory=list)
+    begin_suppress_tokens: list[int] = field(default_factory=list)
+    forced_eos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
 class Verification:
     """What the exporter compared with PyTorch. `status`: "passed", or "skipped" with the `reason`."""
 
@@ -175,6 +192,7 @@ class Manifest:
     files: dict[str, FileInfo]
     quantization: dict[str, Any] | None = None
     encoder: EncoderInfo | None = None  # of family "encoder"
+    seq2seq: Seq2SeqInfo | None = None  # of family "encoder-decoder"
     min_onnxruntime: str = "1.31"
     format: str = "llmx"
     format_version: str = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
@@ -184,8 +202,10 @@ class Manifest:
         return sum(self._bytes(tensor) for tensor in self.state if "max_length" in tensor.shape)
 
     def state_bytes_per_slot(self) -> int:
-        """Bytes of state that a slot takes whatever its length."""
-        return sum(self._bytes(tensor) for tensor in self.state if "max_length" not in tensor.shape)
+        """Bytes of state that a slot takes whatever its length (an encoder-decoder's: for the longest source)."""
+        source = self.seq2seq.max_source_length if self.seq2seq is not None else 1
+        fixed = [tensor for tensor in self.state if "max_length" not in tensor.shape]
+        return sum(self._bytes(tensor) * (source if tensor.layout == "cross" else 1) for tensor in fixed)
 
     @staticmethod
     def _bytes(tensor: StateTensor) -> int:

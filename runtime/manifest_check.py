@@ -10,11 +10,11 @@ from llmx.runtime.errors import PackageError
 if TYPE_CHECKING:
     from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 
-CARRIED = ("grow", "replace")  # layouts whose state is passed on from each call to the next
+CARRIED = ("grow", "replace", "cross")  # layouts whose state is passed on from each call to the next
 
-_GRAPHS = {"decoder": ("prefill", "decode"), "encoder": ("encoder",)}
+_GRAPHS = {"decoder": ("prefill", "decode"), "encoder": ("encoder",), "encoder-decoder": ("encoder", "decode")}
 _LAYOUTS = ("in_place", *CARRIED)
-_STATE_DIMENSIONS = ("slots", "max_length")
+_STATE_DIMENSIONS = ("slots", "max_length", "source_length")
 _DIMENSIONS = ("batch", "seq", "asked", *_STATE_DIMENSIONS)
 _AGAIN = "the manifest is damaged: export the model again."
 
@@ -37,7 +37,19 @@ def check_parts(manifest: Manifest, where: str) -> None:
         for tensor in [*graph.inputs, *graph.outputs]:
             _check_shape(tensor.shape, _DIMENSIONS, f"{where}: graphs.{name}, {tensor.name}")
             itemsize(tensor.dtype)
-    for index, tensor in enumerate(manifest.state):
+    _check_tensors(manifest.state, carried, where)
+    state = manifest.state
+    own, cross = [t for t in state if t.layout != "cross"], [t for t in state if t.layout == "cross"]
+    if (manifest.family == "encoder-decoder") != (manifest.seq2seq is not None):
+        raise PackageError(f"{where}: seq2seq goes with the family encoder-decoder; {_AGAIN}")
+    for name in set(_GRAPHS.get(manifest.family, ())) & set(manifest.graphs):
+        inputs = {t.input for t in state} if name == "decode" or (not carried and name == "prefill") else set()
+        outputs = {t.output for t in (cross if name == "encoder" else own)}
+        _check_state(manifest.graphs[name], inputs, outputs, f"{where}: graphs.{name}")
+
+
+def _check_tensors(state: list[StateTensor], carried: bool, where: str) -> None:
+    for index, tensor in enumerate(state):
         _check_shape(tensor.shape, _STATE_DIMENSIONS, f"{where}: state[{index}]")
         itemsize(tensor.dtype)
         if tensor.layout not in _LAYOUTS:
@@ -48,12 +60,8 @@ def check_parts(manifest: Manifest, where: str) -> None:
             raise PackageError(
                 f"{where}: state[{index}] is in place and others are carried, which this llmx does not run; upgrade llmx."
             )
-        if (tensor.layout == "replace") == ("max_length" in tensor.shape):
+        if (tensor.layout in ("in_place", "grow")) != ("max_length" in tensor.shape):
             raise PackageError(f"{where}: state[{index}] has a shape that does not go with {tensor.layout!r}; {_AGAIN}")
-    if manifest.family == "decoder":
-        for name in set(_GRAPHS["decoder"]) & set(manifest.graphs):
-            takes_state = name == "decode" or not carried
-            _check_state(manifest.graphs[name], manifest.state, takes_state, f"{where}: graphs.{name}")
 
 
 def _check_shape(shape: list[int | str], names: tuple[str, ...], where: str) -> None:
@@ -62,13 +70,10 @@ def _check_shape(shape: list[int | str], names: tuple[str, ...], where: str) -> 
             raise PackageError(f"{where} has the dimension {dim!r}, which means nothing here; {_AGAIN}")
 
 
-def _check_state(graph: GraphInfo, state: list[StateTensor], takes_state: bool, where: str) -> None:
-    if [t.role for t in graph.outputs[:1]] != ["logits"]:
+def _check_state(graph: GraphInfo, inputs: set[str], outputs: set[str], where: str) -> None:
+    if not any(t.role in ("logits", "embeddings", "last_hidden_state", "state") for t in graph.outputs[:1]):
         raise PackageError(f"{where}: its first output is not the logits; {_AGAIN}")
-    for side, tensors, known in (
-        ("input", graph.inputs, {t.input for t in state} if takes_state else set()),
-        ("output", graph.outputs, {t.output for t in state}),
-    ):
+    for side, tensors, known in (("input", graph.inputs, inputs), ("output", graph.outputs, outputs)):
         names = {t.name for t in tensors if t.role == "state"}
         for name in sorted(names ^ known):
             raise PackageError(f"{where}: the {side} {name} is in the graph or in state, and not in both; {_AGAIN}")

@@ -188,3 +188,35 @@ def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     from llmx.export.verify import greedy as reference
 
     return reference(model, torch.tensor([prompt]), new_tokens)[0, len(prompt) :].tolist()
+
+
+_BART = {
+    "vocab_size": VOCAB, "d_model": 48, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 128,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": None,
+}  # fmt: skip
+
+#: Encoder-decoders: relative positions and no scaling, learned positions, sinusoids, positions counted by the padding.
+SEQ2SEQ: dict[str, dict[str, Any]] = {
+    "t5": {
+        "vocab_size": VOCAB, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 3,
+        "num_heads": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2,
+    },
+    "bart": _BART,
+    "marian": _BART,
+    "m2m_100": _BART,
+}  # fmt: skip
+
+
+def make_seq2seq(name: str, seed: int = 0) -> Any:
+    """The PyTorch model of a SEQ2SEQ config, in fp32 and eval mode."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(name, **SEQ2SEQ[name])).eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    widen(model, seed)
+    for key, value in model.state_dict().items():
+        if "embed_positions" in key:  # sinusoids are made anew when a checkpoint is loaded
+            value.copy_(state[key])
+    return model

@@ -1,4 +1,4 @@
-"""The coverage sweep: every causal-LM type of transformers, small, exported and compared with PyTorch.
+"""The coverage sweep: every causal-LM, masked-LM and sequence-to-sequence type of transformers, small, exported and compared with PyTorch.
 
     python tests/zoo/sweep.py                 # what has no result yet; then docs/coverage.md
     python tests/zoo/sweep.py --again llama   # these types once more
@@ -30,6 +30,7 @@ RESULTS = ROOT / "build" / "coverage"
 PAGE = ROOT / "docs" / "coverage.md"
 NEW_TOKENS = 48
 MASKED = " (masked LM)"
+SEQ2SEQ = " (seq2seq)"
 TIME_LIMIT = 300
 ADDRESS_LIMIT = 30 << 30  # of virtual memory, bytes
 
@@ -44,6 +45,44 @@ def masked_types() -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     return sorted(f"{name}{MASKED}" for name in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def seq2seq_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(f"{name}{SEQ2SEQ}" for name in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def examine_seq2seq(model_type: str, folder: Path) -> dict[str, Any]:
+    """As `examine`: three ragged sources, alone and in one batch."""
+    import torch
+    from llmx.export.seq2seq import greedy
+    from transformers import AutoModelForSeq2SeqLM
+
+    from zoo.models import widen
+    from zoo.shrink import VOCAB, shrink
+
+    torch.set_num_threads(1)
+    pad, start = 1, 2  # apart, as in real checkpoints: some models count positions by what is no padding
+    sources = [torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 61, 23)]
+    try:
+        config = shrink(model_type.removesuffix(SEQ2SEQ), decoder=False)
+        config.pad_token_id, config.decoder_start_token_id = pad, start
+        torch.manual_seed(0)
+        model = AutoModelForSeq2SeqLM.from_config(config).eval()
+        widen(model, 0)
+        for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens"):
+            setattr(model.generation_config, name, None)
+        model.save_pretrained(folder / "model")  # what is not stored (sinusoids) is not what `widen` made of it
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder / "model").eval()
+        model.generation_config.pad_token_id, model.generation_config.decoder_start_token_id = pad, start
+        expected = [greedy(model, s, [start], NEW_TOKENS)[0, 1:].tolist() for s in sources]
+    except Exception as error:
+        return {"result": "pytorch", "reason": _line(error)}
+    entry, made = _export(model, folder, "auto")
+    if made is None:
+        return entry
+    return _compare(entry, made, [s[0].tolist() for s in sources], expected)
 
 
 def _export(model: Any, folder: Path, task: str) -> tuple[dict[str, Any], Any]:
@@ -97,7 +136,6 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
     """result: "exact", "refused" (with the reason), "wrong", or "pytorch" (PyTorch itself does not run it small)."""
     import torch
     from llmx.export.verify import greedy
-    from llmx.runtime import LLM, SamplingParams
     from transformers import AutoModelForCausalLM
 
     from zoo.models import widen
@@ -118,10 +156,16 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
     entry, made = _export(model, folder, "auto")
     if made is None:
         return entry
+    return _compare(entry, made, [p[0].tolist() for p in prompts], expected)
+
+
+def _compare(entry: dict[str, Any], made: Any, ids: list[list[int]], expected: list[list[int]]) -> dict[str, Any]:
+    """`entry` with what the package makes of the prompts, each alone and all in one batch."""
+    from llmx.runtime import LLM, SamplingParams
+
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     with LLM(made.path, slots=3, prefill_chunk=16, threads=1) as llm:
         layouts = sorted({t.layout for t in llm.manifest.state})
-        ids = [p[0].tolist() for p in prompts]
         single = [llm.generate(p, params)[0].outputs[0].token_ids for p in ids]
         batch = [o.outputs[0].token_ids for o in llm.generate(ids, params)]
     same = single == expected and batch == expected
@@ -160,7 +204,9 @@ def _child(model_type: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"sweep-{model_type}-"))
     started = time.time()
     try:
-        entry = (examine_masked if model_type.endswith(MASKED) else examine)(model_type, folder)
+        kinds = {MASKED: examine_masked, SEQ2SEQ: examine_seq2seq}
+        kind = next((run for suffix, run in kinds.items() if model_type.endswith(suffix)), examine)
+        entry = kind(model_type, folder)
     except BaseException as error:
         entry = {"result": "crashed", "reason": f"{type(error).__name__}: {_line(error)}"}
     finally:
@@ -224,7 +270,7 @@ def report() -> None:
     lines = [
         "# Coverage",
         "",
-        f"Every causal-LM and masked-LM type of transformers {importlib.metadata.version('transformers')}, as a small random "
+        f"Every causal-LM, masked-LM and sequence-to-sequence type of transformers {importlib.metadata.version('transformers')}, as a small random "
         "model, exported and run beside PyTorch (`make coverage`). *Refused*: the export says why, and leaves no package.",
     ]
     lines += _section(
@@ -239,6 +285,12 @@ def report() -> None:
         "1e-4 of the largest logit.",
         masked_types(),
     )
+    lines += _section(
+        "Encoder-decoders (sequence to sequence)",
+        "*Exact*: 48 greedy tokens equal transformers' `generate`, for three ragged sources (7, 61 and 23 tokens) alone and "
+        "in one batch.",
+        seq2seq_types(),
+    )
     PAGE.write_text("\n".join(lines) + "\n")
 
 
@@ -251,7 +303,7 @@ def _section(title: str, meaning: str, types: list[str]) -> list[str]:
     )
     print(f"{title}: {total}")
     rows = [
-        f"| {e['type'].removesuffix(MASKED)} | {', '.join(e.get('layouts', []))} | {_WORDS[e['result']]} | {e.get('reason', '')} |"
+        f"| {e['type'].removesuffix(MASKED).removesuffix(SEQ2SEQ)} | {', '.join(e.get('layouts', []))} | {_WORDS[e['result']]} | {e.get('reason', '')} |"
         for e in entries
     ]
     return [
@@ -276,7 +328,7 @@ def main() -> None:
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        types = [*causal_types(), *masked_types()]
+        types = [*causal_types(), *masked_types(), *seq2seq_types()]
         if args.again is not None:
             types = args.again or types
         else:

@@ -1,0 +1,176 @@
+"""What is written for each family of models: everything of a package but its manifest, which is returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from llmx.export.attention import IMPLEMENTATION, LayerState
+from llmx.export.passes import both_graphs
+from llmx.export.rope import LengthRule, length_rule
+from llmx.export.tokenizer import generation_config, load_tokenizer, write_tokenizer
+from llmx.export.trace import probe_layers, state_names, trace
+from llmx.export.work import Work, context_length, embedding_shape, explain, text_side
+from llmx.runtime.errors import UnsupportedModelError
+from llmx.runtime.manifest import Manifest, ModelInfo, StateTensor, TokenizerInfo
+
+
+def write_decoder(work: Work) -> Manifest:
+    """Everything of the package but the manifest, which is returned. The model is released with this call's locals."""
+    tokenizer, defaults = text_side(work)
+    try:
+        return _write_in_place(work, tokenizer, defaults)
+    except UnsupportedModelError as error:
+        reason = error
+    try:
+        return _write_carried(work, tokenizer, defaults)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{reason}; as plain ONNX: {error}") from error
+
+
+def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
+    """With key/value state that the attention operator writes in place."""
+    checkpoint = work.checkpoint
+    source = work.source(tokenizer.file, IMPLEMENTATION)
+    work.stages.begin("trace")
+    layers = explain(checkpoint, lambda: probe_layers(source.module))
+    rule: LengthRule | None = explain(checkpoint, lambda: length_rule(source.module))
+    context = context_length(checkpoint, work.options.max_length, rule.stretch if rule else 1.0)
+    if rule is not None and context <= rule.edge:
+        rule = None  # no sequence is long enough to have other factors than the original ones
+
+    def make() -> dict[str, ir.Model]:
+        traced = explain(checkpoint, lambda: trace(source.module, layers, work.target.query_seqlens, rule is not None))
+        work.stages.begin("rewrite")
+        prefill, decode = both_graphs(traced, context)
+        return {"prefill": prefill, "decode": decode}
+
+    graphs, hashed = work.write(source, make)
+    vocab = int(graphs["prefill"].graph.outputs[0].shape[2])
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
+        family="decoder",
+        model=ModelInfo(
+            context,
+            vocab,
+            embedding_shape(source)[1],
+            len(layers),
+            source.num_parameters,
+            rule.edge if rule is not None and rule.recomputes else None,
+        ),
+        state=_state(layers, work.dtype),
+        tokenizer=tokenizer,
+        generation=defaults,
+    )
+
+
+def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
+    """With state that is carried from call to call (llmx.export.carried)."""
+    from llmx.export.carried import MIN_PREFILL, carried_graphs, probe_carried
+
+    source = work.source(tokenizer.file, "eager")
+    work.stages.begin("trace")
+    carried = probe_carried(source.module)
+    tables = [m for m in source.module.modules() if isinstance(m, torch.nn.Embedding)]
+    # without a table of positions (recurrences, ALiBi) nothing limits the length
+    unlimited = all(table is source.module.get_input_embeddings() for table in tables)
+    context = context_length(work.checkpoint, work.options.max_length, 1.0, unlimited)
+    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried))
+    if "prefill" not in graphs:
+        work.warnings.append(
+            "The prompt cannot be traced as a whole (its code loops over it), so it runs token by token."
+        )
+    vocab = int(graphs["decode"].graph.outputs[0].shape[2])
+    layers = len(carried.template.layers)
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
+        family="decoder",
+        model=ModelInfo(
+            context, vocab, embedding_shape(source)[1], layers, source.num_parameters, min_prefill=MIN_PREFILL
+        ),
+        state=carried.describe(),
+        tokenizer=tokenizer,
+        generation=defaults,
+    )
+
+
+def write_seq2seq(work: Work) -> Manifest:
+    """An encoder-decoder's package but its manifest, which is returned."""
+    from llmx.export.seq2seq import describe_seq2seq, probe_seq2seq, seq2seq_graphs
+
+    checkpoint = work.checkpoint
+    tokenizer, defaults = text_side(work)
+    source = work.source(tokenizer.file, "eager")
+    work.stages.begin("trace")
+    state = explain(checkpoint, lambda: probe_seq2seq(source.module))
+    context = context_length(checkpoint, work.options.max_length, 1.0, unlimited=True)
+    rows, width = embedding_shape(source)
+    info = explain(
+        checkpoint, lambda: describe_seq2seq(checkpoint.config, generation_config(checkpoint), rows, context)
+    )
+    graphs, hashed = work.write(source, lambda: explain(checkpoint, lambda: seq2seq_graphs(source.module, state, info)))
+    vocab = int(graphs["decode"].graph.outputs[0].shape[2])
+    layers = len(state.own.template.layers)
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
+        family="encoder-decoder",
+        model=ModelInfo(context, vocab, width, layers, source.num_parameters),
+        state=state.describe(),
+        tokenizer=tokenizer,
+        generation=defaults,
+        seq2seq=info,
+    )
+
+
+def write_encoder(work: Work) -> Manifest:
+    """An encoder's package but its manifest, which is returned."""
+    from llmx.export.encoder import build_module, describe_encoder, trace_encoder
+    from llmx.export.passes import encoder_graph
+
+    checkpoint = work.checkpoint
+    loaded = load_tokenizer(checkpoint)
+    tokenizer = write_tokenizer(checkpoint, loaded, work.folder)
+    source = work.source(tokenizer.file, None)  # its masks are tensors: what transformers chooses
+    work.stages.begin("trace")
+    module = explain(
+        checkpoint, lambda: build_module(checkpoint, source.module, work.torch_dtype, work.options.pooling)
+    )
+
+    def make() -> dict[str, ir.Model]:
+        traced = explain(checkpoint, lambda: trace_encoder(module))
+        work.stages.begin("rewrite")
+        return {"encoder": encoder_graph(traced)}
+
+    graphs, hashed = work.write(source, make)
+    info = explain(checkpoint, lambda: describe_encoder(checkpoint, module, graphs["encoder"], loaded))
+    rows, width = embedding_shape(source)
+    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    layers = next((v for name in names if (v := getattr(checkpoint.config, name, None))), 0)
+    return work.manifest(
+        source,
+        graphs,
+        hashed,
+        family="encoder",
+        model=ModelInfo(info.max_length, rows, width, int(layers), source.num_parameters),
+        state=[],
+        tokenizer=tokenizer,
+        generation={},
+        encoder=info,
+    )
+
+
+def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:
+    return [
+        StateTensor(
+            s.layer, part, "in_place", past, present, dtype, ["slots", s.kv_heads, "max_length", s.head_dim], s.window
+        )
+        for s in layers
+        for part, past, present in state_names(s.layer)
+    ]

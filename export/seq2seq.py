@@ -1,0 +1,264 @@
+"""Encoder-decoders: an encoder graph that writes the cross-attention state, and a decode graph that reads it.
+
+Both are traced from the model as it is, with transformers' `EncoderDecoderCache`. The encoder graph runs the source text
+through the encoder and each decoder layer's cross-attention projections (state layout `cross`: written once, read by
+every step); the rest of the decoder falls away as unused. The decode graph takes one token, its own state (`grow`) and
+the cross state; the few tokens that a decoder is prompted with go through it one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from llmx.export.carried import (
+    Carried,
+    CarriedTensor,
+    compare_layers,
+    graph_state_names,
+    longest_block,
+    separate_names,
+    tracing,
+)
+from llmx.export.lowering import _first_line, _place, lower, quiet
+from llmx.export.passes import encoder_graph
+from llmx.export.rope import untouched
+from llmx.export.trace import output_head
+from llmx.export.verify import Progress, check_logits
+from llmx.runtime.errors import LlmxError, UnsupportedModelError
+from llmx.runtime.manifest import Seq2SeqInfo, StateTensor, Verification
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+# Lengths of the example sources and outputs: all different, and above 1.
+_SOURCE, _OTHER_SOURCE, _TARGET, _OTHER_TARGET = 11, 13, 7, 9
+_NEW_TOKENS = 16
+_SOURCE_LENGTHS = (5, 23, 64)
+
+
+class Seq2SeqState:
+    """What an encoder-decoder carries: its own state, the cross-attention state, and the width of the encoder's output."""
+
+    def __init__(self, own: Carried, cross: Carried, width: int) -> None:
+        self.own, self.cross, self.width = own, cross, width
+
+    def describe(self) -> list[StateTensor]:
+        return self.own.describe() + self.cross.describe()
+
+
+def probe_seq2seq(model: Any) -> Seq2SeqState:
+    """Run `model` at two lengths under fake tensors. Raises UnsupportedModelError where it keeps another kind of cache."""
+    output_head(model)
+    caches, width = [], 0
+    with torch.no_grad(), untouched(model), tracing(), FakeTensorMode(allow_non_fake_inputs=True):
+        for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            try:
+                ids = torch.ones(1, source, dtype=torch.long)
+                output = model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    decoder_input_ids=torch.ones(1, target, dtype=torch.long),
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+            except LlmxError:
+                raise
+            except Exception as error:
+                raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
+            caches.append(cache)
+            width = int(output.encoder_last_hidden_state.shape[-1])
+    first, second = caches
+    own = _carried(first.self_attention_cache, second.self_attention_cache, _TARGET, "decoder")
+    cross = _carried(first.cross_attention_cache, second.cross_attention_cache, _SOURCE, "encoder")
+    return Seq2SeqState(own, cross, width)
+
+
+def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) -> Carried:
+    tensors = [
+        tensor
+        for index, layers in enumerate(zip(first.layers, second.layers, strict=True))
+        for tensor in compare_layers(index, *layers, length=length, side=side)
+    ]
+    if not tensors or any(tensor.grows is None for tensor in tensors):
+        raise UnsupportedModelError(f"its cache holds no keys and values of the {side}")
+    return Carried.of(first, tensors, "past_key_values")
+
+
+class EncoderModule(torch.nn.Module):
+    """Source tokens [1, source] to the cross state of every decoder layer."""
+
+    def __init__(self, model: torch.nn.Module, state: Seq2SeqState, start: int, masked: bool) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.state, self.start, self.masked = state, start, masked
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        more = {"attention_mask": torch.ones_like(input_ids)} if self.masked else {}
+        token = torch.full((1, 1), self.start)
+        self.model(input_ids=input_ids, decoder_input_ids=token, past_key_values=cache, use_cache=True, **more)
+        layers = cache.cross_attention_cache.layers
+        return {"present": [tensor.read(layers[tensor.layer]) for tensor in self.state.cross.tensors]}
+
+
+class DecodeModule(torch.nn.Module):
+    """One token after the state: logits [1, 1, vocab] and the decoder's new state."""
+
+    def __init__(self, model: torch.nn.Module, state: Seq2SeqState) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.state = state
+
+    def forward(self, input_ids: torch.Tensor, past: list[torch.Tensor], cross: list[torch.Tensor]) -> dict[str, Any]:
+        own = self.state.own
+        cache = EncoderDecoderCache(own.cache(past), self.state.cross.cache(cross))
+        cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
+        # Read for its shape alone: keys and values of the source are in the cache.
+        unread = cross[0].new_zeros(1, cross[0].shape[self.state.cross.tensors[0].grows or 2], self.state.width)
+        logits = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=unread),
+            decoder_input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits
+        layers = cache.self_attention_cache.layers
+        return {"logits": logits, "present": [tensor.read(layers[tensor.layer]) for tensor in own.tensors]}
+
+
+def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo) -> dict[str, ir.Model]:
+    """The graphs `encoder` and `decode`. Raises UnsupportedModelError."""
+    start = info.decoder_prompt[0]
+    masked = False  # a mask of ones says nothing, but some encoders make their own only from one
+    try:
+        encoder = _lower_encoder(model, state, start, _SOURCE, masked)
+    except UnsupportedModelError:
+        masked = True
+        encoder = _lower_encoder(model, state, start, _SOURCE, masked)
+    length = min(2 * longest_block(model.config) + 5, info.max_source_length)
+    other = _lower_encoder(model, state, start, length, masked)
+    if [node.op_type for node in encoder.graph] != [node.op_type for node in other.graph]:
+        raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
+    by_name = {f"present.{index}": tensor for index, tensor in enumerate(state.cross.tensors)}
+    graph_state_names(encoder.graph, by_name, {"input_ids": "seq"})
+    decode = _lower_decode(model, state)
+    by_name = {f"{side}.{i}": tensor for side in ("past", "present") for i, tensor in enumerate(state.own.tensors)}
+    by_name |= {f"cross.{index}": tensor for index, tensor in enumerate(state.cross.tensors)}
+    graph_state_names(decode.graph, by_name, {"input_ids": 1})
+    logits = decode.graph.outputs[0]
+    assert logits.name == "logits" and logits.shape is not None
+    logits.shape = ir.Shape([1, 1, logits.shape[2]])
+    graphs = {"encoder": encoder_graph(encoder), "decode": encoder_graph(decode)}
+    separate_names(graphs)
+    return graphs
+
+
+def _lower_encoder(model: Any, state: Seq2SeqState, start: int, length: int, masked: bool) -> ir.Model:
+    inputs = {"input_ids": torch.ones(1, length, dtype=torch.long)}
+    with untouched(model), tracing():
+        return lower(EncoderModule(model, state, start, masked), inputs, {"input_ids": {1: torch.export.Dim.DYNAMIC}})
+
+
+def _lower_decode(model: Any, state: Seq2SeqState) -> ir.Model:
+    def examples(tensors: list[CarriedTensor]) -> list[torch.Tensor]:
+        return [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
+
+    def dynamic(tensors: list[CarriedTensor]) -> list[Any]:
+        return [{tensor.grows: torch.export.Dim.DYNAMIC} for tensor in tensors]
+
+    own, cross = state.own.tensors, state.cross.tensors
+    inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "past": examples(own), "cross": examples(cross)}
+    shapes = {"input_ids": None, "past": dynamic(own), "cross": dynamic(cross)}
+    with untouched(model), tracing():
+        return lower(DecodeModule(model, state), inputs, shapes)
+
+
+def describe_seq2seq(config: Any, generation: Any, source_vocab: int, context: int) -> Seq2SeqInfo:
+    """What the decoder is prompted with and may not say, from the config and the generation config."""
+    start = next(
+        (
+            token
+            for name in ("decoder_start_token_id", "bos_token_id")
+            for holder in (generation, config)
+            if (token := getattr(holder, name, None)) is not None
+        ),
+        None,
+    )
+    if start is None:
+        raise UnsupportedModelError("its config names no decoder_start_token_id")
+    prompt = [int(t) for t in (start if isinstance(start, list) else [start])][:1]
+    forced = getattr(generation, "forced_bos_token_id", None)
+    if forced is not None:
+        prompt.append(int(forced))
+    single = [words[0] for words in getattr(generation, "bad_words_ids", None) or [] if len(words) == 1]
+    suppressed = [*(getattr(generation, "suppress_tokens", None) or []), *single]
+    names = ("max_encoder_position_embeddings", "max_source_positions", "max_position_embeddings", "n_positions")
+    longest = next((int(v) for name in names if (v := getattr(config, name, None))), context)
+    end = getattr(generation, "forced_eos_token_id", None)
+    return Seq2SeqInfo(
+        max_source_length=longest,
+        source_vocab_size=source_vocab,
+        decoder_prompt=prompt,
+        suppress_tokens=sorted({int(t) for t in suppressed if t >= 0}),
+        begin_suppress_tokens=[int(t) for t in getattr(generation, "begin_suppress_tokens", None) or []],
+        forced_eos_token_id=int(end[0] if isinstance(end, list) else end) if end is not None else None,
+    )
+
+
+def greedy(model: Any, source: torch.Tensor, prompt: list[int], new_tokens: int) -> torch.Tensor:
+    """transformers' greedy `generate` for exactly `new_tokens` tokens after the decoder's `prompt`: [1, all tokens]."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+        decoder_start_token_id=prompt[0],
+    )
+    with torch.no_grad(), quiet():
+        original, model.generation_config = model.generation_config, settings
+        try:
+            tokens: torch.Tensor = model.generate(
+                source,
+                attention_mask=torch.ones_like(source),
+                decoder_input_ids=torch.tensor([prompt]),
+                generation_config=settings,
+            )
+        finally:
+            model.generation_config = original
+    return tokens
+
+
+def verify_seq2seq(
+    backend: Any, load: Callable[[], Any], info: Seq2SeqInfo, dtype: str, progress: Progress
+) -> Verification:
+    """Compare the package with PyTorch on sources of several lengths, teacher-forced along PyTorch's greedy path.
+
+    Raises VerificationError as `llmx.export.verify.verify`.
+    """
+    model = load().float()
+    worst, positions, tolerance = 0.0, 0, 0.0
+    lengths = [min(length, info.max_source_length) for length in _SOURCE_LENGTHS]
+    for row, length in enumerate(lengths):
+        source = torch.randint(0, info.source_vocab_size, (1, length), generator=torch.Generator().manual_seed(row))
+        tokens = greedy(model, source, info.decoder_prompt, min(_NEW_TOKENS, backend.max_length - 3))
+        with torch.no_grad():
+            mask = torch.ones_like(source)
+            output = model(input_ids=source, attention_mask=mask, decoder_input_ids=tokens, use_cache=False)
+        want, path = output.logits[0].float().numpy(), tokens[0].numpy()
+        backend.encode(row, source[0].numpy())
+        got = backend.prefill(row, path, 0, np.arange(len(path)))
+        difference, allowed = check_logits(got, want, dtype, f"source of {length} tokens, position", 0)
+        if difference >= worst:
+            worst, tolerance = difference, allowed
+        positions += len(path)
+        progress(row + 1, len(lengths))
+    return Verification("passed", max_abs_diff=worst, tolerance=tolerance, positions=positions)

@@ -1,0 +1,221 @@
+"""One export's settings, progress and what it has made so far: what the families of models share."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from llmx.export.checkpoint import Checkpoint
+from llmx.export.lowering import uncollected
+from llmx.export.package import WEIGHTS_FILE, check_free_space, describe_graph, hash_files, write_graphs
+from llmx.export.targets import Target
+from llmx.export.tokenizer import generation_defaults, load_tokenizer, write_tokenizer
+from llmx.export.weights import SourceModel, build_source
+from llmx.export.writer import WeightsWriter
+from llmx.runtime.errors import ExportError, UnsupportedModelError
+from llmx.runtime.manifest import FileInfo, Manifest, TokenizerInfo, Verification
+
+_UNLIMITED = 1 << 20  # positions of a model that nothing limits
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how. `dtype` and `max_length` of None mean the target's default and the model's context."""
+
+    model: str
+    output: Path | None = None
+    target: str = "cpu"
+    dtype: str | None = None
+    max_length: int | None = None
+    revision: str | None = None
+    adapter: Path | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+    verify: bool = True
+    task: str = "auto"
+    pooling: str | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where the package lies, what it holds, how long each stage took (seconds) and what the user should know."""
+
+    path: Path
+    manifest: Manifest
+    seconds: dict[str, float]
+    warnings: list[str]
+
+
+class Reporter:
+    """Receives progress; the base class ignores it. `advance` counts within a stage, in units of the stage."""
+
+    def stage(self, name: str) -> None: ...
+
+    def advance(self, done: int, total: int) -> None: ...
+
+
+class Stages:
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.seconds: dict[str, float] = {}
+        self._name, self._start = "", 0.0
+
+    def begin(self, name: str) -> None:
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        self.reporter.stage(name)
+
+    def end(self) -> None:
+        if self._name:
+            self.seconds[self._name] = time.perf_counter() - self._start
+            self._name = ""
+
+
+@dataclass
+class Work:
+    """One export's settings and what it has made so far, for the two kinds of package."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    options: ExportOptions
+    target: Target
+    dtype: str
+    stages: Stages
+    warnings: list[str]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def source(self, tokenizer_file: str, attention: str | None) -> SourceModel:
+        """The model to trace with this attention implementation, its vocabulary checked against the tokenizer's."""
+        source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter, attention)
+        _check_vocabulary(source, self.folder, tokenizer_file)
+        return source
+
+    def write(
+        self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
+    ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:
+        """`make` the graphs by name while the weights are written; the graphs, and what is known of the weights' file."""
+        check_free_space(self.folder, int(source.num_bytes * 1.02))
+        with WeightsWriter(self.folder / WEIGHTS_FILE, source) as writer, uncollected():
+            graphs = make()
+            self.stages.begin("write")
+            files = {graph_file(name): graph for name, graph in graphs.items()}
+            write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
+        return graphs, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}
+
+    def manifest(
+        self, source: SourceModel, graphs: dict[str, ir.Model], hashed: dict[str, FileInfo], **parts: Any
+    ) -> Manifest:
+        """The manifest of `parts` with what every family has, not verified yet."""
+        state = {name for tensor in parts["state"] for name in (tensor.input, tensor.output)}
+        return Manifest(
+            name=self.checkpoint.short_name,
+            target=self.target.name,
+            dtype=self.dtype,
+            graphs={name: describe_graph(graph_file(name), graph, state) for name, graph in graphs.items()},
+            source=_source_info(self.checkpoint, self.options, source),
+            created_by=_versions(),
+            verification=Verification("skipped", reason="not verified yet"),
+            files=hash_files(self.folder, hashed),
+            min_onnxruntime=self.target.min_onnxruntime,
+            **parts,
+        )
+
+
+def graph_file(name: str) -> str:
+    return f"{name}.onnx"
+
+
+def text_side(work: Work) -> tuple[TokenizerInfo, dict[str, Any]]:
+    """The tokenizer, written, and the generation defaults."""
+    checkpoint = work.checkpoint
+    tokenizer = write_tokenizer(checkpoint, load_tokenizer(checkpoint), work.folder)
+    defaults, ignored = generation_defaults(checkpoint)
+    if ignored:
+        work.warnings.append(
+            f"generation_config sets {', '.join(ignored)}, which llmx does not apply; "
+            "output may differ from transformers' default."
+        )
+    return tokenizer, defaults
+
+
+def context_length(checkpoint: Checkpoint, wanted: int | None, stretch: float, unlimited: bool = False) -> int:
+    """The wanted length, or the config's times what its rotary scaling stretches it by; where it names none, `_UNLIMITED` for
+    a model that nothing limits.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    known = next(
+        (
+            v
+            for n in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions")
+            if (v := getattr(config, n, None))
+        ),
+        None,
+    )
+    known = known and int(known * stretch)
+    if known is None and wanted is None and unlimited:
+        return _UNLIMITED
+    if known is None and wanted is None:
+        raise ExportError(f"{checkpoint.name} does not say how long its context is; give --max-length.")
+    if wanted is not None and (wanted < 2 or (known is not None and wanted > known)):
+        raise ExportError(
+            f"--max-length must lie between 2 and the model's context of {known} positions, and is {wanted}."
+        )
+    return int(wanted or known or 0)
+
+
+def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) -> None:
+    """A token past the embedding would read beyond it at run time."""
+    from tokenizers import Tokenizer
+
+    tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
+    rows = embedding_shape(source)[0]
+    highest = max(tokens.values(), default=0)
+    if highest >= rows:
+        raise ExportError(
+            f"The tokenizer has token id {highest} and the model only {rows} embeddings; they do not belong together."
+        )
+
+
+def explain(checkpoint: Checkpoint, work: Callable[[], Any]) -> Any:
+    """Run `work`, prefixing whatever it finds unsupported with the architecture's name."""
+    try:
+        return work()
+    except UnsupportedModelError as error:
+        architecture = (getattr(checkpoint.config, "architectures", None) or [checkpoint.config.model_type])[0]
+        raise UnsupportedModelError(f"{architecture} cannot be exported: {error}") from error.__cause__
+
+
+def embedding_shape(source: SourceModel) -> tuple[int, int]:
+    """(rows, width) of the input embedding. Raises UnsupportedModelError where it is no plain table."""
+    table = getattr(source.module.get_input_embeddings(), "weight", None)
+    if not isinstance(table, torch.Tensor) or table.ndim != 2:
+        raise UnsupportedModelError(
+            f"{type(source.module).__name__} cannot be exported: it has no table of token embeddings"
+        )
+    return int(table.shape[0]), int(table.shape[1])
+
+
+def _source_info(checkpoint: Checkpoint, options: ExportOptions, source: SourceModel) -> dict[str, Any]:
+    return {
+        "model": checkpoint.name,
+        "revision": checkpoint.revision,
+        "architecture": type(source.module).__name__,
+        "model_type": checkpoint.config.model_type,
+        "adapter": options.adapter.name if options.adapter else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        name: importlib.metadata.version(name) for name in ("llmx", "torch", "transformers", "onnx-ir", "onnxscript")
+    }
