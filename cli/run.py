@@ -17,12 +17,25 @@ from llmx.cli.common import load, model_options, read_prompt, sampling_options, 
 @click.option(
     "--prompt-file", type=click.Path(dir_okay=False, path_type=Path), help="A file with the text to continue."
 )
+@click.option(
+    "--audio", type=click.Path(dir_okay=False, path_type=Path), help="A WAV file to transcribe (speech models)."
+)
+@click.option("--language", help="The language spoken, such as en [default: detected].")
+@click.option("--task", default="transcribe", show_default=True, help="transcribe, or translate into English (speech).")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user message through the chat template.")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
 def command(
-    prompt: str | None, prompt_file: Path | None, chat: bool, as_json: bool, quiet: bool, **options: Any
+    prompt: str | None,
+    prompt_file: Path | None,
+    audio: Path | None,
+    language: str | None,
+    task: str,
+    chat: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Continue a prompt, streaming to the terminal; timings go to standard error.
 
@@ -32,7 +45,15 @@ def command(
       llmx run --onnx artifacts/demo --prompt "ROMEO:" --temperature 0 -n 64
       echo "Once upon a time" | llmx run --onnx artifacts/demo --json
       llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
+      llmx run --onnx artifacts/whisper --audio speech.wav --language en
     """
+    if audio is not None:
+        if prompt is not None or prompt_file is not None or chat:
+            raise click.UsageError("Give --audio or a prompt, not both.")
+        _transcribe(audio, language, task, as_json, options)
+        return
+    if language is not None:
+        raise click.UsageError("--language goes with --audio.")
     text = read_prompt(prompt, prompt_file)
     params = sampling_params(options)
     if not text:
@@ -49,6 +70,16 @@ def command(
             _print_json(llm.generate([request], params)[0])
         else:
             _stream(llm, request, params, quiet)
+
+
+def _transcribe(audio: Path, language: str | None, task: str, as_json: bool, options: dict[str, Any]) -> None:
+    with load(options, slots=4) as llm:
+        transcript = llm.transcribe(audio, sampling_params(options), language=language, task=task)
+    if as_json:
+        result = {"text": transcript.text, "language": transcript.language, "windows": len(transcript.outputs)}
+        click.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        click.echo(transcript.text)
 
 
 def _stream(llm: Any, request: Any, params: Any, quiet: bool) -> None:

@@ -86,7 +86,7 @@ class CarriedTensor:
         sizes: list[int | str] = ["slots", *self.shape[1:]]
         if self.grows is not None:
             sizes[self.grows] = "max_length" if self.side != "encoder" else "source_length"
-        layout = "replace" if self.grows is None else "cross" if self.side == "encoder" else "grow"
+        layout = "cross" if self.side == "encoder" else "replace" if self.grows is None else "grow"
         dtype = str(self.dtype).removeprefix("torch.")
         return StateTensor(self.layer, self.name, layout, self.input, self.output, dtype, sizes)
 

@@ -13,11 +13,12 @@ from llmx.runtime.hub import download, looks_like_hub_id
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*"]
 
 
-#: Task -> transformers' auto class. All but "generate" and "seq2seq" (a generating encoder-decoder) are exported as
-#: encoders.
+#: Task -> transformers' auto class. All but "generate", "seq2seq" and "transcribe" (encoder-decoders for text and for
+#: speech) are exported as encoders.
 TASKS = {
     "generate": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
+    "transcribe": "AutoModelForSpeechSeq2Seq",
     "embed": "AutoModel",
     "classify": "AutoModelForSequenceClassification",
     "token-classify": "AutoModelForTokenClassification",
@@ -130,9 +131,9 @@ def _task(config: Any, folder: Path, model: str, wanted: str) -> str:
         return any(architecture in (name if isinstance(name, (tuple, list)) else (name,)) for name in names)
 
     seq2seq = getattr(config, "is_encoder_decoder", False)
-    if seq2seq and wanted in ("auto", "generate") and (can("seq2seq") or wanted == "generate"):
-        wanted = "seq2seq"
-    if seq2seq and wanted not in ("auto", "seq2seq"):
+    if seq2seq and wanted in ("auto", "generate"):
+        wanted = "transcribe" if can("transcribe") and not can("seq2seq") else "seq2seq"
+    if seq2seq and wanted not in ("seq2seq", "transcribe"):
         raise UnsupportedModelError(
             f"{model} ({architecture}) is an encoder-decoder, which llmx exports for generation alone; leave out --task."
         )

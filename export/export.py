@@ -32,12 +32,13 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
         raise ExportError(
             f"--pooling goes with embedding models, and this is exported for {checkpoint.task}; leave it out."
         )
-    if options.max_length is not None and checkpoint.task not in ("generate", "seq2seq"):
+    if options.max_length is not None and checkpoint.task not in ("generate", "seq2seq", "transcribe"):
         raise ExportError("--max-length goes with models that generate; an encoder takes what it was trained for.")
     output = options.output or Path("artifacts") / checkpoint.short_name
     dtype = _dtype(options, target, checkpoint)
     with package_folder(output, options.force) as folder, torch.no_grad():
-        write = {"generate": write_decoder, "seq2seq": write_seq2seq}.get(checkpoint.task, write_encoder)
+        writers = {"generate": write_decoder, "seq2seq": write_seq2seq, "transcribe": write_seq2seq}
+        write = writers.get(checkpoint.task, write_encoder)
         manifest = write(Work(folder, checkpoint, options, target, dtype, stages, warnings))
         stages.begin("verify")
         manifest = _verified(manifest, folder, checkpoint, options, stages.reporter)

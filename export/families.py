@@ -101,19 +101,23 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
 
 def write_seq2seq(work: Work) -> Manifest:
     """An encoder-decoder's package but its manifest, which is returned."""
-    from llmx.export.seq2seq import describe_seq2seq, probe_seq2seq, seq2seq_graphs
+    from llmx.export.seq2seq import Sources, audio_info, describe_seq2seq, probe_seq2seq, seq2seq_graphs
 
     checkpoint = work.checkpoint
     tokenizer, defaults = text_side(work)
     source = work.source(tokenizer.file, "eager")
     work.stages.begin("trace")
-    state = explain(checkpoint, lambda: probe_seq2seq(source.module))
+    audio = audio_info(checkpoint) if checkpoint.task == "transcribe" else None
+    sources = Sources(audio)
+    state = explain(checkpoint, lambda: probe_seq2seq(source.module, sources))
     context = context_length(checkpoint, work.options.max_length, 1.0, unlimited=True)
     rows, width = embedding_shape(source)
     info = explain(
-        checkpoint, lambda: describe_seq2seq(checkpoint.config, generation_config(checkpoint), rows, context)
+        checkpoint, lambda: describe_seq2seq(checkpoint.config, generation_config(checkpoint), rows, context, audio)
     )
-    graphs, hashed = work.write(source, lambda: explain(checkpoint, lambda: seq2seq_graphs(source.module, state, info)))
+    graphs, hashed = work.write(
+        source, lambda: explain(checkpoint, lambda: seq2seq_graphs(source.module, state, info, sources))
+    )
     vocab = int(graphs["decode"].graph.outputs[0].shape[2])
     layers = len(state.own.template.layers)
     return work.manifest(

@@ -8,6 +8,7 @@ the cross state; the few tokens that a decoder is prompted with go through it on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,15 @@ from llmx.export.carried import (
     separate_names,
     tracing,
 )
+from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import _first_line, _place, lower, quiet
 from llmx.export.passes import encoder_graph
 from llmx.export.rope import untouched
+from llmx.export.tokenizer import generation_config
 from llmx.export.trace import output_head
 from llmx.export.verify import Progress, check_logits
-from llmx.runtime.errors import LlmxError, UnsupportedModelError
-from llmx.runtime.manifest import Seq2SeqInfo, StateTensor, Verification
+from llmx.runtime.errors import CheckpointError, LlmxError, UnsupportedModelError
+from llmx.runtime.manifest import AudioInfo, Seq2SeqInfo, StateTensor, Verification
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -38,6 +41,52 @@ from transformers.modeling_outputs import BaseModelOutput
 _SOURCE, _OTHER_SOURCE, _TARGET, _OTHER_TARGET = 11, 13, 7, 9
 _NEW_TOKENS = 16
 _SOURCE_LENGTHS = (5, 23, 64)
+
+
+class Sources:
+    """Example sources for the encoder: tokens of any length, or the log-mel features of a whole window of sound."""
+
+    def __init__(self, audio: AudioInfo | None) -> None:
+        self.audio = audio
+        self.name = "input_ids" if audio is None else "input_features"
+
+    def example(self, length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The model's arguments for a source of `length` tokens (a window of sound has one length)."""
+        if self.audio is None:
+            return {self.name: torch.ones(1, length, dtype=torch.long)}
+        frames = self.audio.chunk_seconds * self.audio.sampling_rate // self.audio.hop_length
+        return {self.name: torch.zeros(1, self.audio.n_mels, frames, dtype=dtype)}
+
+    @property
+    def dynamic(self) -> dict[int, Any]:
+        return {1: torch.export.Dim.DYNAMIC} if self.audio is None else {}
+
+
+def audio_info(checkpoint: Checkpoint) -> AudioInfo:
+    """From preprocessor_config.json and the generation config. Raises UnsupportedModelError for other features than
+    Whisper's.
+    """
+    try:
+        raw = json.loads((checkpoint.path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.name} has no readable preprocessor_config.json ({error}).") from None
+    kind = raw.get("feature_extractor_type")
+    if kind != "WhisperFeatureExtractor":
+        raise UnsupportedModelError(
+            f"{checkpoint.name} reads sound through {kind}, and only WhisperFeatureExtractor's features are computed so far"
+        )
+    config = generation_config(checkpoint)
+    languages = {token.strip("<|>"): int(i) for token, i in (getattr(config, "lang_to_id", None) or {}).items()}
+    return AudioInfo(
+        sampling_rate=int(raw.get("sampling_rate", 16000)),
+        n_fft=int(raw.get("n_fft", 400)),
+        hop_length=int(raw.get("hop_length", 160)),
+        n_mels=int(raw.get("feature_size", 80)),
+        chunk_seconds=int(raw.get("chunk_length", 30)),
+        languages=languages if getattr(config, "is_multilingual", bool(languages)) else {},
+        tasks={name: int(i) for name, i in (getattr(config, "task_to_id", None) or {}).items()},
+        no_timestamps_token_id=getattr(config, "no_timestamps_token_id", None),
+    )
 
 
 class Seq2SeqState:
@@ -50,7 +99,7 @@ class Seq2SeqState:
         return self.own.describe() + self.cross.describe()
 
 
-def probe_seq2seq(model: Any) -> Seq2SeqState:
+def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
     """Run `model` at two lengths under fake tensors. Raises UnsupportedModelError where it keeps another kind of cache."""
     output_head(model)
     caches, width = [], 0
@@ -58,10 +107,11 @@ def probe_seq2seq(model: Any) -> Seq2SeqState:
         for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             try:
-                ids = torch.ones(1, source, dtype=torch.long)
+                example = sources.example(source, model.dtype)
+                mask = {"attention_mask": torch.ones_like(example["input_ids"])} if "input_ids" in example else {}
                 output = model(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
+                    **example,
+                    **mask,
                     decoder_input_ids=torch.ones(1, target, dtype=torch.long),
                     past_key_values=cache,
                     use_cache=True,
@@ -85,7 +135,7 @@ def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) 
         for index, layers in enumerate(zip(first.layers, second.layers, strict=True))
         for tensor in compare_layers(index, *layers, length=length, side=side)
     ]
-    if not tensors or any(tensor.grows is None for tensor in tensors):
+    if not tensors or (side == "decoder" and any(tensor.grows is None for tensor in tensors)):
         raise UnsupportedModelError(f"its cache holds no keys and values of the {side}")
     return Carried.of(first, tensors, "past_key_values")
 
@@ -98,11 +148,15 @@ class EncoderModule(torch.nn.Module):
         self.model, self.config = model, model.config
         self.state, self.start, self.masked = state, start, masked
 
-    def forward(self, input_ids: torch.Tensor) -> dict[str, Any]:
+    def forward(
+        self, input_ids: torch.Tensor | None = None, input_features: torch.Tensor | None = None
+    ) -> dict[str, Any]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        more = {"attention_mask": torch.ones_like(input_ids)} if self.masked else {}
+        more = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
+        if self.masked and input_ids is not None:
+            more["attention_mask"] = torch.ones_like(input_ids)
         token = torch.full((1, 1), self.start)
-        self.model(input_ids=input_ids, decoder_input_ids=token, past_key_values=cache, use_cache=True, **more)
+        self.model(decoder_input_ids=token, past_key_values=cache, use_cache=True, **more)
         layers = cache.cross_attention_cache.layers
         return {"present": [tensor.read(layers[tensor.layer]) for tensor in self.state.cross.tensors]}
 
@@ -132,19 +186,27 @@ class DecodeModule(torch.nn.Module):
         return {"logits": logits, "present": [tensor.read(layers[tensor.layer]) for tensor in own.tensors]}
 
 
-def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo) -> dict[str, ir.Model]:
+def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: Sources) -> dict[str, ir.Model]:
     """The graphs `encoder` and `decode`. Raises UnsupportedModelError."""
     start = info.decoder_prompt[0]
+
+    def lower_encoder(length: int, masked: bool) -> ir.Model:
+        module = EncoderModule(model, state, start, masked)
+        with untouched(model), tracing():
+            return lower(module, sources.example(length, model.dtype), {sources.name: sources.dynamic or None})
+
     masked = False  # a mask of ones says nothing, but some encoders make their own only from one
     try:
-        encoder = _lower_encoder(model, state, start, _SOURCE, masked)
+        encoder = lower_encoder(_SOURCE, masked)
     except UnsupportedModelError:
+        if sources.audio is not None:
+            raise
         masked = True
-        encoder = _lower_encoder(model, state, start, _SOURCE, masked)
-    length = min(2 * longest_block(model.config) + 5, info.max_source_length)
-    other = _lower_encoder(model, state, start, length, masked)
-    if [node.op_type for node in encoder.graph] != [node.op_type for node in other.graph]:
-        raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
+        encoder = lower_encoder(_SOURCE, masked)
+    if sources.audio is None:
+        other = lower_encoder(min(2 * longest_block(model.config) + 5, info.max_source_length), masked)
+        if [node.op_type for node in encoder.graph] != [node.op_type for node in other.graph]:
+            raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
     by_name = {f"present.{index}": tensor for index, tensor in enumerate(state.cross.tensors)}
     graph_state_names(encoder.graph, by_name, {"input_ids": "seq"})
     decode = _lower_decode(model, state)
@@ -159,18 +221,12 @@ def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo) -> dict[s
     return graphs
 
 
-def _lower_encoder(model: Any, state: Seq2SeqState, start: int, length: int, masked: bool) -> ir.Model:
-    inputs = {"input_ids": torch.ones(1, length, dtype=torch.long)}
-    with untouched(model), tracing():
-        return lower(EncoderModule(model, state, start, masked), inputs, {"input_ids": {1: torch.export.Dim.DYNAMIC}})
-
-
 def _lower_decode(model: Any, state: Seq2SeqState) -> ir.Model:
     def examples(tensors: list[CarriedTensor]) -> list[torch.Tensor]:
         return [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in tensors]
 
     def dynamic(tensors: list[CarriedTensor]) -> list[Any]:
-        return [{tensor.grows: torch.export.Dim.DYNAMIC} for tensor in tensors]
+        return [None if t.grows is None else {t.grows: torch.export.Dim.DYNAMIC} for t in tensors]
 
     own, cross = state.own.tensors, state.cross.tensors
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long), "past": examples(own), "cross": examples(cross)}
@@ -179,7 +235,9 @@ def _lower_decode(model: Any, state: Seq2SeqState) -> ir.Model:
         return lower(DecodeModule(model, state), inputs, shapes)
 
 
-def describe_seq2seq(config: Any, generation: Any, source_vocab: int, context: int) -> Seq2SeqInfo:
+def describe_seq2seq(
+    config: Any, generation: Any, source_vocab: int, context: int, audio: AudioInfo | None
+) -> Seq2SeqInfo:
     """What the decoder is prompted with and may not say, from the config and the generation config."""
     start = next(
         (
@@ -194,7 +252,7 @@ def describe_seq2seq(config: Any, generation: Any, source_vocab: int, context: i
         raise UnsupportedModelError("its config names no decoder_start_token_id")
     prompt = [int(t) for t in (start if isinstance(start, list) else [start])][:1]
     forced = getattr(generation, "forced_bos_token_id", None)
-    if forced is not None:
+    if forced is not None and audio is None:
         prompt.append(int(forced))
     single = [words[0] for words in getattr(generation, "bad_words_ids", None) or [] if len(words) == 1]
     suppressed = [*(getattr(generation, "suppress_tokens", None) or []), *single]
@@ -208,6 +266,7 @@ def describe_seq2seq(config: Any, generation: Any, source_vocab: int, context: i
         suppress_tokens=sorted({int(t) for t in suppressed if t >= 0}),
         begin_suppress_tokens=[int(t) for t in getattr(generation, "begin_suppress_tokens", None) or []],
         forced_eos_token_id=int(end[0] if isinstance(end, list) else end) if end is not None else None,
+        audio=audio,
     )
 
 
@@ -248,11 +307,20 @@ def verify_seq2seq(
     worst, positions, tolerance = 0.0, 0, 0.0
     lengths = [min(length, info.max_source_length) for length in _SOURCE_LENGTHS]
     for row, length in enumerate(lengths):
-        source = torch.randint(0, info.source_vocab_size, (1, length), generator=torch.Generator().manual_seed(row))
-        tokens = greedy(model, source, info.decoder_prompt, min(_NEW_TOKENS, backend.max_length - 3))
+        random = torch.Generator().manual_seed(row)
+        steps = min(_NEW_TOKENS, backend.max_length - 3)
+        if info.audio is None:
+            source = torch.randint(0, info.source_vocab_size, (1, length), generator=random)
+            tokens = greedy(model, source, info.decoder_prompt, steps)
+            arguments = {"input_ids": source, "attention_mask": torch.ones_like(source)}
+        else:
+            source = torch.randn(
+                Sources(info.audio).example(0, torch.float32)["input_features"].shape, generator=random
+            )
+            arguments = {"input_features": source}
+            tokens = torch.randint(0, backend.vocab_size, (1, steps), generator=random)
         with torch.no_grad():
-            mask = torch.ones_like(source)
-            output = model(input_ids=source, attention_mask=mask, decoder_input_ids=tokens, use_cache=False)
+            output = model(**arguments, decoder_input_ids=tokens, use_cache=False)
         want, path = output.logits[0].float().numpy(), tokens[0].numpy()
         backend.encode(row, source[0].numpy())
         got = backend.prefill(row, path, 0, np.arange(len(path)))

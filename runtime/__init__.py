@@ -24,6 +24,7 @@ from llmx.runtime.llm import LLM
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.transcribe import Transcript
 
 __all__ = [
     "LLM",
@@ -48,5 +49,6 @@ __all__ = [
     "SamplingParams",
     "StreamPiece",
     "TokenLabel",
+    "Transcript",
     "load_manifest",
 ]

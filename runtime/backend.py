@@ -50,8 +50,10 @@ class Backend(Protocol):
         """
         ...
 
-    def encode(self, slot: int, source_ids: np.ndarray) -> None:
-        """Encoder-decoders: read int64 [n] source tokens, which the slot attends to from its next prefill on."""
+    def encode(self, slot: int, source: np.ndarray) -> None:
+        """Encoder-decoders: read int64 [n] source tokens, or features float32 [n_mels, frames]; the slot attends to them
+        from its next prefill on.
+        """
         ...
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
@@ -124,7 +126,7 @@ class OrtBackend:
         step.feed("rope_lengths", lengths[:, None] + 1)
         return step.run(self._run_options)[:, 0]
 
-    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+    def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

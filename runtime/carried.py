@@ -42,13 +42,13 @@ class CarriedBackend:
     def _logits_dtype(self, graph: str) -> np.dtype:
         return numpy_dtype(self.manifest.graphs[graph].outputs[0].dtype)
 
-    def encode(self, slot: int, source_ids: np.ndarray) -> None:
-        """Read int64 [n] source tokens: the slot's next prefill and all that follows attend to them."""
+    def encode(self, slot: int, source: np.ndarray) -> None:
+        """Read int64 [n] source tokens, or float32 [n_mels, frames] features: the slot's next prefill and all that follows attend to them."""
         ort = import_onnxruntime()
         [info] = self.manifest.graphs["encoder"].inputs
-        ids = np.ascontiguousarray(source_ids[None], numpy_dtype(info.dtype))
+        array = np.ascontiguousarray(source[None], numpy_dtype(info.dtype))
         binding = self._sessions["encoder"].io_binding()
-        binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(ids))
+        binding.bind_ortvalue_input(info.name, ort_value(ort, array))
         for tensor in self._crossed:
             binding.bind_output(tensor.output, "cpu")
         try:

@@ -45,9 +45,9 @@ class Engine:
         prompt_ids: list[int],
         params: SamplingParams,
         emit: Callable[[StreamPiece], None] | None = None,
-        source_ids: list[int] | None = None,
+        source: np.ndarray | None = None,
     ) -> Request:
-        """Queue a request (`params` resolved); `source_ids` (checked) go to an encoder-decoder's encoder. Raises RequestError or ContextLengthError at once where it cannot run."""
+        """Queue a request (`params` resolved); `source` (checked) goes to an encoder-decoder's encoder. Raises RequestError or ContextLengthError at once where it cannot run."""
         self.check_ids(prompt_ids)
         vocab, longest = self.backend.vocab_size, self.backend.max_length
         if max(params.stop_token_ids, default=0) >= vocab:
@@ -57,8 +57,8 @@ class Engine:
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
                 "shorten the prompt or raise max_length."
             )
-        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source_ids=source_ids)
-        context = prompt_ids if source_ids is None else []  # a decoder's prompt is no text that the output goes on from
+        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source)
+        context = prompt_ids if source is None else []  # a decoder's prompt is no text that the output goes on from
         for index in range(params.n):
             seed = None if params.seed is None else (params.seed + index) % 2**64
             request.sequences.append(
@@ -75,7 +75,7 @@ class Engine:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         request.metrics.arrival = time.perf_counter()
-        request.metrics.num_prompt_tokens = len(prompt_ids if source_ids is None else source_ids)
+        request.metrics.num_prompt_tokens = len(prompt_ids if source is None or source.ndim > 1 else source)
         with self._lock:
             if self._ended is not None:
                 raise self._ended()
@@ -172,8 +172,8 @@ class Engine:
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
         asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
-        if plan.start == 0 and sequence.request.source_ids is not None:
-            self.backend.encode(sequence.slot, np.array(sequence.request.source_ids, np.int64))
+        if plan.start == 0 and sequence.request.source is not None:
+            self.backend.encode(sequence.slot, sequence.request.source)
         logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
         sequence.num_cached = plan.end
         if scored:

@@ -65,7 +65,7 @@ class FakeBackend:
             rows.append(self.next_logits(self._written[slot]))
         return np.array(rows)
 
-    def encode(self, slot: int, source_ids: np.ndarray) -> None:
+    def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("the fake is decoder-only")
 
     def copy_slot(self, source: int, target: int, length: int) -> None:

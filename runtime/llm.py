@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from llmx.runtime.audio import log_mel
 from llmx.runtime.backend import Backend, open_backend, score_tokens
 from llmx.runtime.chat import ChatTemplate
 from llmx.runtime.driver import Driver, PieceStream
@@ -23,6 +24,7 @@ from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.scheduler import Request
 from llmx.runtime.tokenizer import Tokenizer
+from llmx.runtime.transcribe import Transcript, transcribe
 
 Prompt = str | Seq[int]
 
@@ -156,9 +158,12 @@ class LLM:
         each = self._each_params(params, len(many))
         requests = self._submit([(prompt, p, None) for prompt, p in zip(many, each, strict=True)])
         try:
-            self._driver.drive(lambda: all(r.finished for r in requests))
+            return self._finished(requests)
         finally:
             self._abandon(requests)
+
+    def _finished(self, requests: list[Request]) -> list[RequestOutput]:
+        self._driver.drive(lambda: all(r.finished for r in requests))
         for request in requests:
             if request.error is not None:
                 raise request.error
@@ -172,6 +177,36 @@ class LLM:
         pieces: deque[StreamPiece] = deque()
         [request] = self._submit([(prompt, params or SamplingParams(), pieces.append)])
         return PieceStream(self._driver, request, pieces)
+
+    def transcribe(
+        self,
+        audio: str | Path | np.ndarray,
+        params: SamplingParams | None = None,
+        *,
+        sampling_rate: int | None = None,
+        language: str | None = None,
+        task: str = "transcribe",
+    ) -> Transcript:
+        """Text of speech: a WAV file, or float [samples] of mono sound at `sampling_rate` Hz (None: the model's).
+
+        Sound longer than the encoder's window is cut into windows, transcribed by themselves in one batch. `language`
+        ("en"; None: detected) and `task` ("transcribe", or "translate" into English) as the model knows them. Raises
+        FamilyError, RequestError, MissingDependencyError (another sampling rate without soxr).
+        """
+
+        def generate(windows: list[np.ndarray], prompt: list[int], params: SamplingParams) -> list[RequestOutput]:
+            resolved = params.resolved(self.manifest.generation)
+            requests: list[Request] = []
+            try:
+                for window in windows:
+                    requests.append(self.engine.add(None, prompt, resolved, None, window))  # noqa: PERF401 - abandoned below
+                return self._finished(requests)
+            finally:
+                self._abandon(requests)
+
+        self._driver.check_usable()
+        self.need_generation()
+        return transcribe(self, audio, sampling_rate, language, task, params or SamplingParams(), generate)
 
     def chat(
         self,
@@ -232,7 +267,9 @@ class LLM:
             return
         with self._driver.at_rest():
             if self.manifest.seq2seq is not None:
-                self.backend.encode(0, np.zeros(min(16, self.manifest.seq2seq.max_source_length), np.int64))
+                audio, longest = self.manifest.seq2seq.audio, self.manifest.seq2seq.max_source_length
+                silence = log_mel(np.zeros(1, np.float32), audio) if audio is not None else None
+                self.backend.encode(0, np.zeros(min(16, longest), np.int64) if silence is None else silence)
             count = min(self.prefill_chunk, self.max_length - 1)
             self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
             self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
@@ -254,7 +291,7 @@ class LLM:
                     requests.append(self.engine.add(text, ids, resolved, emit))
                 else:
                     start = self.manifest.seq2seq.decoder_prompt
-                    requests.append(self.engine.add(text, start, resolved, emit, self._source(ids)))
+                    requests.append(self.engine.add(text, start, resolved, emit, np.array(self._source(ids), np.int64)))
         except BaseException:
             self._abandon(requests)
             raise
@@ -265,6 +302,8 @@ class LLM:
         """Checked ids for the encoder. Raises RequestError or ContextLengthError."""
         info = self.manifest.seq2seq
         assert info is not None
+        if info.audio is not None:
+            raise FamilyError(f"{self.folder} is a speech model; use `llmx run --audio FILE.wav` (LLM.transcribe).")
         if not ids:
             raise RequestError("The prompt is empty; give at least one token of text.")
         if min(ids) < 0 or max(ids) >= info.source_vocab_size:
@@ -336,6 +375,13 @@ def _is_token(item: object) -> bool:
     return True
 
 
+def _prompt_ids(request: Request) -> list[int]:
+    """The prompt's tokens as the caller knows them: an encoder-decoder's source, where that is text."""
+    source = request.source
+    ids: list[int] = source.tolist() if source is not None and source.ndim == 1 else request.prompt_ids
+    return ids
+
+
 def _output(request: Request) -> RequestOutput:
     outputs = [
         CompletionOutput(
@@ -352,7 +398,7 @@ def _output(request: Request) -> RequestOutput:
     return RequestOutput(
         request.id,
         request.prompt,
-        request.source_ids or request.prompt_ids,
+        _prompt_ids(request),
         outputs,
         request.metrics,
         True,

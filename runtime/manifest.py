@@ -29,6 +29,7 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 #: - `logits_positions`       int64 [batch, asked], columns of `input_ids` whose logits are wanted
 #: - `rope_lengths`           int64 [batch, seq], the length that decides each token's rotary factors: the whole prompt's
 #:                            for a token of the prompt, its position + 1 for a generated one
+#: - `input_features`         float [batch, n_mels, frames], log-mel features (speech)
 #: - `state`                  a past or present tensor, described in `Manifest.state`
 #: - `logits`                 [batch, asked, vocab]; of an encoder [batch, labels] or [batch, seq, labels or vocab]
 #: - `attention_mask`         int64 [batch, seq], 1 for tokens, 0 for the padding on their right (encoders)
@@ -41,6 +42,7 @@ INPUT_ROLES = (
     "total_sequence_length",
     "query_seqlens",
     "logits_positions",
+    "input_features",
     "rope_lengths",
     "state",
     "attention_mask",
@@ -142,6 +144,24 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True)
+class AudioInfo:
+    """How sound becomes the encoder's input: log-mel features float32 [n_mels, frames] of windows of `chunk_seconds`.
+
+    `languages` ("en" -> token) and `tasks` ("transcribe", "translate" -> token) go into the decoder's prompt, in this
+    order, then `no_timestamps_token_id`.
+    """
+
+    sampling_rate: int
+    n_fft: int
+    hop_length: int
+    n_mels: int
+    chunk_seconds: int
+    languages: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
+    no_timestamps_token_id: int | None = None
+
+
+@dataclass(frozen=True)
 class Seq2SeqInfo:
     """What an encoder-decoder needs besides its graphs. Lengths in tokens, special ones included.
 
@@ -156,6 +176,7 @@ class Seq2SeqInfo:
     suppress_tokens: list[int] = field(default_factory=list)
     begin_suppress_tokens: list[int] = field(default_factory=list)
     forced_eos_token_id: int | None = None
+    audio: AudioInfo | None = None  # the source is sound, not text
 
 
 @dataclass(frozen=True)
@@ -205,7 +226,7 @@ class Manifest:
         """Bytes of state that a slot takes whatever its length (an encoder-decoder's: for the longest source)."""
         source = self.seq2seq.max_source_length if self.seq2seq is not None else 1
         fixed = [tensor for tensor in self.state if "max_length" not in tensor.shape]
-        return sum(self._bytes(tensor) * (source if tensor.layout == "cross" else 1) for tensor in fixed)
+        return sum(self._bytes(tensor) * (source if "source_length" in tensor.shape else 1) for tensor in fixed)
 
     @staticmethod
     def _bytes(tensor: StateTensor) -> int:

@@ -64,7 +64,7 @@ class Request:
     emit: Callable[[StreamPiece], None] | None = None
     sequences: list[Sequence] = field(default_factory=list)
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
-    source_ids: list[int] | None = None  # what an encoder-decoder's encoder reads; `prompt_ids` are its decoder's then
+    source: Any = None  # what an encoder-decoder's encoder reads (an array); `prompt_ids` are its decoder's then
     cancelled: bool = False
     error: BaseException | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
