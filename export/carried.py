@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from llmx.export.lowering import _first_line, _place, _replaced, lower
 from llmx.export.passes import encoder_graph, is_parameter
 from llmx.export.rope import length_rule, untouched
-from llmx.export.trace import output_head
+from llmx.export.trace import HIDDEN, keep_positions, output_head
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
 from llmx.runtime.manifest import StateTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -223,15 +223,27 @@ def _call(model: Any, argument: str, input_ids: torch.Tensor, position_ids: torc
 class _Module(torch.nn.Module):
     """Base of the two traced functions, with the model's parameters under their own names (prefix `model.`)."""
 
-    def __init__(self, model: torch.nn.Module, carried: Carried) -> None:
+    def __init__(self, model: torch.nn.Module, carried: Carried, hidden: bool) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
-        self.carried = carried
+        self.carried, self.hidden = carried, hidden
 
-    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        logits = _call(self.model, self.carried.argument, input_ids, position_ids, cache)
-        return logits, [tensor.read(cache.layers[tensor.layer]) for tensor in self.carried.tensors]
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Any,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, Any]:
+        read: list[torch.Tensor] = []
+        hook = keep_positions(self.model, gather, read)
+        try:
+            logits = _call(self.model, self.carried.argument, input_ids, position_ids, cache)
+        finally:
+            hook.remove()
+        present = [tensor.read(cache.layers[tensor.layer]) for tensor in self.carried.tensors]
+        return {"logits": logits, **({HIDDEN: read[-1].clone()} if self.hidden else {}), "present": present}
 
 
 class CarriedPrefill(_Module):
@@ -240,32 +252,26 @@ class CarriedPrefill(_Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, logits_positions: torch.Tensor
     ) -> dict[str, Any]:
-        def keep_asked(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (args[0].index_select(1, logits_positions[0]), *args[1:])
-
-        hook = output_head(self.model).register_forward_pre_hook(keep_asked)
-        try:
-            logits, present = self._run(input_ids, position_ids, new_cache(self.config))
-        finally:
-            hook.remove()
-        return {"logits": logits, "present": present}
+        cache = new_cache(self.config)
+        return self._run(input_ids, position_ids, cache, lambda states: states.index_select(1, logits_positions[0]))
 
 
 class CarriedDecode(_Module):
     """One token after the state: logits [1, 1, vocab] and the new state."""
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, past: list[torch.Tensor]) -> dict[str, Any]:
-        logits, present = self._run(input_ids, position_ids, self.carried.cache(past))
-        return {"logits": logits, "present": present}
+        return self._run(input_ids, position_ids, self.carried.cache(past), lambda states: states)
 
 
-def carried_graphs(model: torch.nn.Module, carried: Carried) -> dict[str, ir.Model]:
-    """The graphs by name: `decode`, and `prefill` where it can be traced. Raises UnsupportedModelError."""
+def carried_graphs(model: torch.nn.Module, carried: Carried, hidden: bool = False) -> dict[str, ir.Model]:
+    """The graphs by name: `decode`, and `prefill` where it can be traced; with `hidden`, both return the hidden states that
+    the head reads, too. Raises UnsupportedModelError.
+    """
     graphs = {}
-    prefill = _trace_prefill(model, carried)
+    prefill = _trace_prefill(model, carried, hidden)
     if prefill is not None:
         graphs["prefill"] = prefill
-    graphs["decode"] = _trace_decode(model, carried)
+    graphs["decode"] = _trace_decode(model, carried, hidden)
     separate_names(graphs)
     return graphs
 
@@ -278,16 +284,16 @@ def separate_names(graphs: dict[str, ir.Model]) -> None:
                 value.name = f"{name}.{value.name}"
 
 
-def _trace_prefill(model: torch.nn.Module, carried: Carried) -> ir.Model | None:
+def _trace_prefill(model: torch.nn.Module, carried: Carried, hidden: bool) -> ir.Model | None:
     """The graph of whole prompts, or None where there is none for prompts of any length.
 
     Recurrences work in blocks, and a loop over the blocks is unrolled by the tracer, whatever the symbolic length: such a
     graph is right for the example's number of blocks alone. Traced with another, it has another number of nodes.
     """
     try:
-        graph = _lower_prefill(model, carried, _SEQ)
+        graph = _lower_prefill(model, carried, _SEQ, hidden)
         if any(tensor.grows is None for tensor in carried.tensors):
-            other = _lower_prefill(model, carried, 2 * longest_block(model.config) + 5)
+            other = _lower_prefill(model, carried, 2 * longest_block(model.config) + 5, hidden)
             if [node.op_type for node in graph.graph] != [node.op_type for node in other.graph]:
                 return None
     except UnsupportedModelError:
@@ -296,7 +302,7 @@ def _trace_prefill(model: torch.nn.Module, carried: Carried) -> ir.Model | None:
     return encoder_graph(graph)
 
 
-def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int) -> ir.Model:
+def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int, hidden: bool) -> ir.Model:
     inputs = {
         "input_ids": torch.ones(1, length, dtype=torch.long),
         "position_ids": torch.arange(length)[None],
@@ -304,7 +310,7 @@ def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int) -> ir.
     }
     dynamic = {name: {1: torch.export.Dim.DYNAMIC} for name in inputs}
     with untouched(model), tracing():
-        return lower(CarriedPrefill(model, carried), inputs, dynamic)
+        return lower(CarriedPrefill(model, carried, hidden), inputs, dynamic)
 
 
 def longest_block(config: Any) -> int:
@@ -313,7 +319,7 @@ def longest_block(config: Any) -> int:
     return max([64, *sizes])
 
 
-def _trace_decode(model: torch.nn.Module, carried: Carried) -> ir.Model:
+def _trace_decode(model: torch.nn.Module, carried: Carried, hidden: bool) -> ir.Model:
     inputs = {
         "input_ids": torch.ones(1, 1, dtype=torch.long),
         "position_ids": torch.full((1, 1), _SEQ),
@@ -325,7 +331,7 @@ def _trace_decode(model: torch.nn.Module, carried: Carried) -> ir.Model:
         "past": [None if t.grows is None else {t.grows: torch.export.Dim.DYNAMIC} for t in carried.tensors],
     }
     with untouched(model), tracing():
-        graph = lower(CarriedDecode(model, carried), inputs, dynamic)
+        graph = lower(CarriedDecode(model, carried, hidden), inputs, dynamic)
     _name(graph.graph, carried, {"input_ids": 1, "position_ids": 1}, 1)
     return encoder_graph(graph)
 
@@ -334,9 +340,10 @@ def _name(graph: ir.Graph, carried: Carried, columns: dict[str, int | str], aske
     """The package format's names and shapes for inputs and outputs."""
     by_name = {f"{side}.{i}": tensor for side in ("past", "present") for i, tensor in enumerate(carried.tensors)}
     graph_state_names(graph, by_name, columns)
-    logits = graph.outputs[0]
-    assert logits.name == "logits" and logits.shape is not None
-    logits.shape = ir.Shape([1, asked, logits.shape[2]])
+    assert graph.outputs[0].name == "logits"
+    for value in graph.outputs:
+        if value.name in ("logits", HIDDEN) and value.shape is not None:
+            value.shape = ir.Shape([1, asked, value.shape[2]])
 
 
 def graph_state_names(graph: ir.Graph, state: dict[str, CarriedTensor], columns: dict[str, int | str]) -> None:

@@ -32,6 +32,8 @@ def export_model(options: ExportOptions, reporter: Reporter | None = None) -> Ex
         raise ExportError(
             f"--pooling goes with embedding models, and this is exported for {checkpoint.task}; leave it out."
         )
+    if options.with_hidden_states and checkpoint.task != "generate":
+        raise ExportError("--with-hidden-states goes with decoder-only models; embedding models have them anyway.")
     if options.max_length is not None and checkpoint.task not in ("generate", "seq2seq", "transcribe"):
         raise ExportError("--max-length goes with models that generate; an encoder takes what it was trained for.")
     output = options.output or Path("artifacts") / checkpoint.short_name

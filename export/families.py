@@ -41,7 +41,8 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
         rule = None  # no sequence is long enough to have other factors than the original ones
 
     def make() -> dict[str, ir.Model]:
-        traced = explain(checkpoint, lambda: trace(source.module, layers, work.target.query_seqlens, rule is not None))
+        kept, hidden = work.target.query_seqlens, work.options.with_hidden_states
+        traced = explain(checkpoint, lambda: trace(source.module, layers, kept, rule is not None, hidden))
         work.stages.begin("rewrite")
         prefill, decode = both_graphs(traced, context)
         return {"prefill": prefill, "decode": decode}
@@ -78,7 +79,7 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
     # without a table of positions (recurrences, ALiBi) nothing limits the length
     unlimited = all(table is source.module.get_input_embeddings() for table in tables)
     context = context_length(work.checkpoint, work.options.max_length, 1.0, unlimited)
-    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried))
+    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried, work.options.with_hidden_states))
     if "prefill" not in graphs:
         work.warnings.append(
             "The prompt cannot be traced as a whole (its code loops over it), so it runs token by token."

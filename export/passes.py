@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
-from llmx.export.trace import GATHER_POSITIONS
+from llmx.export.trace import GATHER_POSITIONS, HIDDEN
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -211,12 +211,18 @@ def encoder_graph(traced: ir.Model) -> ir.Model:
 
 def both_graphs(traced: ir.Model, context_length: int) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
+    outputs = [(value.name, value.shape) for value in traced.graph.outputs]
     with hidden_parameters(traced):
         Sequential(*common_passes(context_length))(traced)
     decode = traced.clone()
+    for index, (name, _) in enumerate(outputs):
+        if name == HIDDEN:  # prefill's alone: nobody asks for a step's
+            del decode.graph.outputs[index]
     for model, passes in ((traced, prefill_passes()), (decode, decode_passes())):
         with hidden_parameters(model):
             Sequential(*passes)(model)
+    for value, (name, shape) in zip(traced.graph.outputs, outputs, strict=True):
+        value.name, value.shape = name, shape  # a replaced node's output takes the place, not the name
     return traced, decode
 
 

@@ -8,6 +8,7 @@ name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
@@ -22,6 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 #: Placeholder for "the rows of `hidden` at `positions`"; each graph lowers it its own way (llmx.export.passes).
 GATHER_POSITIONS = ("llmx", "GatherPositions")
 
+#: The output with the hidden states that the output head reads.
+HIDDEN = "last_hidden_state"
+
 # Sizes that the example inputs are made with. All differ, and none is 0 or 1, which tracing would specialise away.
 _BATCH, _SEQ, _ASKED, _LENGTH = 3, 5, 2, 32
 
@@ -29,11 +33,12 @@ _BATCH, _SEQ, _ASKED, _LENGTH = 3, 5, 2, 32
 class PrefillModule(torch.nn.Module):
     """The traced function, with the model's parameters under their own names (prefix `model.`)."""
 
-    def __init__(self, model: torch.nn.Module, layers: list[LayerState]) -> None:
+    def __init__(self, model: torch.nn.Module, layers: list[LayerState], hidden: bool = False) -> None:
         super().__init__()
         self.model = model
         self.config = model.config
         self.layers_kept = layers
+        self.hidden = hidden
 
     def forward(
         self,
@@ -46,18 +51,33 @@ class PrefillModule(torch.nn.Module):
         query_seqlens: torch.Tensor | None = None,
         rope_lengths: torch.Tensor | None = None,
     ) -> dict[str, Any]:
-        """Logits [batch, asked, vocab] at the asked columns, and each layer's state with the new rows in it."""
+        """Logits [batch, asked, vocab] at the asked columns, with `hidden` what the head reads there [batch, asked, hidden],
+        and each layer's state with the new rows in it.
+        """
         by_layer = {state.layer: tensors for state, tensors in zip(self.layers_kept, past, strict=True)}
         steps = StepInputs(by_layer, seqlens_k, total_sequence_length, query_seqlens)
         recorder = Recorder(steps)
-        head = output_head(self.model)
-        hook = head.register_forward_pre_hook(lambda _, args: (_gather_positions(args[0], logits_positions), *args[1:]))
+        read: list[torch.Tensor] = []
+        hook = keep_positions(self.model, lambda states: _gather_positions(states, logits_positions), read)
         try:
             with recording(recorder) as cache, by_length(self.model, rope_lengths):
                 logits = _call(self.model, input_ids, position_ids, cache)
         finally:
             hook.remove()
-        return {"logits": logits, "present": [recorder.present[state.layer] for state in self.layers_kept]}
+        present = [recorder.present[state.layer] for state in self.layers_kept]
+        return {"logits": logits, **({HIDDEN: read[-1].clone()} if self.hidden else {}), "present": present}
+
+
+def keep_positions(
+    model: torch.nn.Module, gather: Callable[[torch.Tensor], torch.Tensor], read: list[torch.Tensor]
+) -> Any:
+    """A hook (to be removed) that lets the output head read `gather(hidden states)`, and notes that in `read`."""
+
+    def hook(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        read.append(gather(args[0]))
+        return (read[-1], *args[1:])
+
+    return output_head(model).register_forward_pre_hook(hook)
 
 
 def _gather_positions(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -121,11 +141,16 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
 
 
 def trace(
-    model: torch.nn.Module, layers: list[LayerState], query_seqlens: bool, rope_lengths: bool = False
+    model: torch.nn.Module,
+    layers: list[LayerState],
+    query_seqlens: bool,
+    rope_lengths: bool = False,
+    hidden: bool = False,
 ) -> ir.Model:
     """The prefill graph of `model`, unoptimised, with the package format's input and output names and shapes.
 
     `rope_lengths`: the graph takes the lengths that decide the rotary factors; else it has the original factors.
+    `hidden`: it returns the hidden states that the head reads, too.
     """
     dtype = next(model.parameters()).dtype
     # State shapes are constants while tracing: they only pass through the attention node, which reads them at run
@@ -148,7 +173,7 @@ def trace(
     for name in {"input_ids", "position_ids", "logits_positions", "rope_lengths"} & set(inputs):
         dynamic[name] = {0: symbolic, 1: symbolic}
     dynamic["past"] = [(None, None)] * len(layers)
-    graph_model = lower(PrefillModule(model, layers), inputs, dynamic)
+    graph_model = lower(PrefillModule(model, layers, hidden), inputs, dynamic)
     if not any(value.uses() for value in graph_model.graph.inputs if value.name == "position_ids"):
         # It would be right for whole prompts and wrong for everything after them.
         raise UnsupportedModelError(
@@ -186,9 +211,10 @@ def _name_inputs_and_outputs(graph: ir.Graph, layers: list[LayerState]) -> None:
             value.shape = ir.Shape(["slots", layer.kv_heads, "max_length", layer.head_dim])
         elif value.name in _SHAPES:
             value.shape = ir.Shape(_SHAPES[value.name])
-    logits = graph.outputs[0]
-    assert logits.name == "logits" and logits.shape is not None
-    logits.shape = ir.Shape(["batch", "asked", logits.shape[2]])
+    assert graph.outputs[0].name == "logits"
+    for value in graph.outputs:
+        if value.name in ("logits", HIDDEN) and value.shape is not None:
+            value.shape = ir.Shape(["batch", "asked", value.shape[2]])
 
 
 attention.register()

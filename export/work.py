@@ -39,6 +39,7 @@ class ExportOptions:
     force: bool = False
     verify: bool = True
     task: str = "auto"
+    with_hidden_states: bool = False
     pooling: str | None = None
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llmx.runtime.errors import ClosedError
-from llmx.runtime.llm import LLM, Prompt, _as_list, _output
+from llmx.runtime.llm import LLM, _output
 from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.prompts import Prompt, as_list
 from llmx.runtime.scheduler import Request
 
 
@@ -40,7 +41,7 @@ class AsyncLLM:
         self, prompts: Prompt | Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """As LLM.generate. Cancelling the awaiting task ends its requests."""
-        many = _as_list(prompts)
+        many = as_list(prompts)
         each = self.llm._each_params(params, len(many))
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         requests: list[Request] = []

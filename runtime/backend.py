@@ -26,6 +26,7 @@ class Backend(Protocol):
     vocab_size: int
     chunked: bool  # whether a prompt may come in several calls as cheaply as in one
     rewinds: bool  # whether a slot may go back to fewer positions than it holds
+    last_hidden: np.ndarray | None  # [k, hidden] of the last prefill's asked columns, where the package has them
     recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
 
     def prefill(
@@ -70,6 +71,7 @@ class OrtBackend:
     """
 
     chunked = rewinds = True
+    last_hidden: np.ndarray | None = None
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
         self.manifest = manifest
@@ -96,7 +98,9 @@ class OrtBackend:
         step.feed("total_sequence_length", start + count)
         step.feed("query_seqlens", count)
         step.feed("rope_lengths", np.maximum(prompt_length or start + count, np.arange(start, start + count) + 1)[None])
-        return step.run(self._run_options)[0]
+        logits = step.run(self._run_options)[0]
+        self.last_hidden = step.hidden[0] if step.hidden is not None else None
+        return logits
 
     def _prefill_step(self, slot: int, count: int, asked: int) -> _Step:
         """The bound call for this shape; the last few are kept, as chunks of one size follow each other."""
@@ -165,6 +169,11 @@ class _Step:
                 array = np.zeros(shape, numpy_dtype(info.dtype))
                 self._arrays[info.role] = array
                 self._binding.bind_ortvalue_input(info.name, ort.OrtValue.ortvalue_from_numpy(array))
+        self.hidden: np.ndarray | None = None
+        for info in graph.outputs[1:]:
+            if info.role == "last_hidden_state":
+                self.hidden = np.empty((rows, asked, int(info.shape[2])), numpy_dtype(info.dtype))
+                self._binding.bind_ortvalue_output(info.name, ort_value(ort, self.hidden))
         self._logits = np.empty((rows, asked, manifest.model.vocab_size), numpy_dtype(graph.outputs[0].dtype))
         self._binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(ort, self._logits))
         for tensor, view in zip(state.tensors, state.rows(first, rows), strict=True):

@@ -23,6 +23,7 @@ class CarriedBackend:
     """
 
     recompute_at: int | None = None
+    last_hidden: np.ndarray | None = None
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], plan: StatePlan) -> None:
         self.manifest = manifest
@@ -35,6 +36,7 @@ class CarriedBackend:
         self._sessions = sessions
         self._options = import_onnxruntime().RunOptions()
         self._state: list[list[Any]] = [self._empty() for _ in range(plan.slots)]
+        self._hidden: np.ndarray | None = None
         self._cross: list[list[Any]] = [[] for _ in range(plan.slots)]
         self._lengths = [0] * plan.slots
         self._logits = np.empty((plan.slots, self.vocab_size), self._logits_dtype("decode"))
@@ -68,14 +70,19 @@ class CarriedBackend:
             feeds = {"input_ids": token_ids, "position_ids": np.arange(count), "logits_positions": positions}
             self._state[slot] = self._run("prefill", {role: array[None] for role, array in feeds.items()}, {}, logits)
             self._lengths[slot] = count
+            self.last_hidden = self._hidden[0] if self._hidden is not None else None
             return logits[0]
         asked = np.empty((len(positions), self.vocab_size), self._logits_dtype("decode"))
+        hidden: list[np.ndarray] = []
         rows: dict[int, list[int]] = {}
         for row, position in enumerate(positions):
             rows.setdefault(int(position), []).append(row)
         for offset, token in enumerate(token_ids):
             logits = self._step(slot, int(token))
             asked[rows.get(offset, [])] = logits
+            if self._hidden is not None:
+                hidden.append(self._hidden[0, 0])
+        self.last_hidden = np.array(hidden)[np.asarray(positions)] if hidden else None
         return asked
 
     def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
@@ -108,13 +115,18 @@ class CarriedBackend:
         for input_name, value in past.items():
             binding.bind_ortvalue_input(input_name, value)
         binding.bind_ortvalue_output(graph.outputs[0].name, ort_value(ort, logits))
+        self._hidden = None
+        for info in graph.outputs:
+            if info.role == "last_hidden_state":
+                self._hidden = np.empty((*logits.shape[:2], int(info.shape[2])), numpy_dtype(info.dtype))
+                binding.bind_ortvalue_output(info.name, ort_value(ort, self._hidden))
         for tensor in self._own:
             binding.bind_output(tensor.output, "cpu")
         try:
             self._sessions[name].run_with_iobinding(binding, self._options)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise run_error(error) from None
-        return list(binding.get_outputs())[1:]
+        return list(binding.get_outputs())[-len(self._own) :]
 
     def _empty(self) -> list[Any]:
         """The state before the first token: nothing where it grows, zeros where it is replaced."""

@@ -14,6 +14,7 @@ class FakeBackend:
 
     recompute_at: int | None = None
     chunked = True
+    last_hidden: np.ndarray | None = None
 
     def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32, rewinds: bool = True) -> None:
         self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning

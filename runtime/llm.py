@@ -22,11 +22,10 @@ from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.prompts import Prompt, as_list, is_token
 from llmx.runtime.scheduler import Request
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.transcribe import Transcript, transcribe
-
-Prompt = str | Seq[int]
 
 
 class LLM:
@@ -108,8 +107,35 @@ class LLM:
         return self._encoder("embed").embed([texts] if isinstance(texts, str) else texts, **options)
 
     def hidden_states(self, texts: str | Seq[Text | Seq[int]], **options: Any) -> list[np.ndarray]:
-        """The final hidden states of each text, float32 [tokens, hidden]."""
+        """The final hidden states of each text, float32 [tokens, hidden]: an embedding model's, or, of a decoder exported
+        with `--with-hidden-states`, what its output head reads. Raises FamilyError for another package.
+        """
+        if self.encoder is None and not options:
+            return self._decoder_states([texts] if isinstance(texts, str) else texts)
         return self._encoder("embed").hidden_states([texts] if isinstance(texts, str) else texts, **options)
+
+    def _decoder_states(self, texts: Seq[Any]) -> list[np.ndarray]:
+        outputs = [t.role for graph in self.manifest.graphs.values() for t in graph.outputs]
+        if "last_hidden_state" not in outputs:
+            raise FamilyError(f"{self.folder} returns no hidden states; export it again with --with-hidden-states.")
+        states = []
+        for text in texts:
+            ids = self._encode(text)
+            self.engine.check_ids(ids)
+            if len(ids) > self.max_length:
+                raise ContextLengthError(
+                    f"The text has {len(ids)} tokens and the context holds {self.max_length}; give shorter pieces."
+                )
+            with self._driver.at_rest():
+                rows = []
+                chunk = self.prefill_chunk if self.backend.chunked else self.max_length
+                for start in range(0, len(ids), chunk):
+                    piece = np.array(ids[start : start + chunk], np.int64)
+                    self.backend.prefill(0, piece, start, np.arange(len(piece)), len(ids))
+                    assert self.backend.last_hidden is not None
+                    rows.append(self.backend.last_hidden.astype(np.float32))
+            states.append(np.concatenate(rows))
+        return states
 
     def classify(self, texts: str | Seq[Text], **options: Any) -> list[list[Label]]:
         """All labels of each text, or pair of texts, the likeliest first."""
@@ -154,7 +180,7 @@ class LLM:
         A prompt is text or a list of token ids (taken as they are). `params` is one SamplingParams for all, or one for
         each. Raises RequestError (ContextLengthError for a prompt too long) before anything runs.
         """
-        many = _as_list(prompts)
+        many = as_list(prompts)
         each = self._each_params(params, len(many))
         requests = self._submit([(prompt, p, None) for prompt, p in zip(many, each, strict=True)])
         try:
@@ -248,7 +274,7 @@ class LLM:
             raise FamilyError(f"{self.folder} is an encoder-decoder, whose prompts have no probabilities to score.")
         chunk = self.prefill_chunk if self.backend.chunked else self.max_length
         results = []
-        for prompt in _as_list(prompts):
+        for prompt in as_list(prompts):
             ids = self._encode(prompt)
             self.engine.check_ids(ids)
             if len(ids) > self.max_length:
@@ -324,7 +350,7 @@ class LLM:
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview, Mapping)):
             tokens = list(prompt)
-            if all(_is_token(token) for token in tokens):
+            if all(is_token(token) for token in tokens):
                 return [operator.index(token) for token in tokens]
         raise RequestError("A prompt must be text or a list of token ids.")
 
@@ -350,29 +376,6 @@ class LLM:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """One prompt or many, as many: a flat list of integers is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable) or isinstance(prompts, (bytes, bytearray, memoryview, Mapping)):
-        raise RequestError(f"A prompt must be text or a list of token ids, and is of type {type(prompts).__name__}.")
-    many = list(prompts)
-    if many and all(_is_token(item) for item in many):
-        return [many]  # type: ignore[list-item]
-    return many  # type: ignore[return-value]
-
-
-def _is_token(item: object) -> bool:
-    """Whether `item` is one integer, Python's or of an array library's, and no truth value."""
-    if isinstance(item, (bool, np.bool_)) or getattr(item, "ndim", 0) != 0:
-        return False
-    try:
-        operator.index(item)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
 
 
 def _prompt_ids(request: Request) -> list[int]:

@@ -140,6 +140,16 @@ def test_wav_files(tmp_path: Path, width: int, channels: int) -> None:
     np.testing.assert_allclose(loaded, sound, atol=2.0 ** (2 - 8 * width) + 1e-6)
 
 
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
+    times = np.arange(rate) / rate
+    tone = (0.5 * np.sin(2 * np.pi * 440 * times)).astype(np.float32)
+    loaded = load_audio(write_wav(tmp_path / "tone.wav", tone, 2, 2, rate), RATE)
+    assert abs(len(loaded) - RATE) <= 1
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(len(loaded)) / RATE)
+    np.testing.assert_allclose(loaded[400:-400], expected[400:-400], atol=2e-3)  # filters ring at the ends
+
+
 def test_bad_sound(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no.wav").write_bytes(b"RIFFnothing")
     other = write_wav(tmp_path / "8k.wav", speech(0.1, 5), 2, rate=8000)
