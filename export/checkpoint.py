@@ -10,7 +10,7 @@ from typing import Any
 from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 from llmx.runtime.hub import download, looks_like_hub_id
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja", "*.tiktoken", "tokenizer*", "LICENSE*"]
 
 
 #: Task -> transformers' auto class. All but "generate", "seq2seq" and "transcribe" (encoder-decoders for text and for

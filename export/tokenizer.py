@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
 from llmx.runtime.errors import CheckpointError, UnsupportedModelError
 from llmx.runtime.manifest import TokenizerInfo
+from llmx.runtime.spm import SOURCE_FILE, TARGET_FILE
 
 TOKENIZER_FILE = "tokenizer.json"
+SPM_FILE = "sentencepiece.json"
 TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -22,17 +25,20 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> Tok
     tokenizer and UnsupportedModelError when there is no way to convert it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    spm = backend is None and hasattr(tokenizer, "build_inputs_with_special_tokens") and spm_models(tokenizer)
+    if backend is None and not spm:
         raise UnsupportedModelError(
             f"{checkpoint.name} has a {type(tokenizer).__name__}, which transformers cannot convert to tokenizer.json; "
             "add a tokenizer.json to the checkpoint."
         )
-    backend.no_truncation()
-    backend.no_padding()
-    (folder / TOKENIZER_FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+        (folder / TOKENIZER_FILE).write_text(backend.to_str(pretty=True), encoding="utf-8")
     template, named = _write_templates(tokenizer.chat_template, folder)
-    return TokenizerInfo(
-        file=TOKENIZER_FILE,
+    info = TokenizerInfo(
+        file=TOKENIZER_FILE if not spm else SPM_FILE,
+        kind="tokenizers" if not spm else "sentencepiece",
         chat_template=template,
         chat_templates=named,
         bos_token_id=tokenizer.bos_token_id,
@@ -43,6 +49,53 @@ def write_tokenizer(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> Tok
         },
         clean_up_tokenization_spaces=bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
     )
+    if spm:
+        _write_spm(checkpoint, tokenizer, spm, folder)
+        _check_spm(checkpoint, tokenizer, folder, info)
+    return info
+
+
+def spm_models(tokenizer: Any) -> list[Any]:
+    """The SentencePiece models of a slow tokenizer: the one that encodes, and the one that decodes where it is another."""
+    source = getattr(tokenizer, "spm_source", None) or getattr(tokenizer, "sp_model", None)
+    target = getattr(tokenizer, "spm_target", None)
+    return [model for model in (source, target) if model is not None]
+
+
+def _write_spm(checkpoint: Checkpoint, tokenizer: Any, models: list[Any], folder: Path) -> None:
+    """`sentencepiece.json` and the models' files (llmx.runtime.spm says what they mean)."""
+    for file, model in zip((SOURCE_FILE, TARGET_FILE), models, strict=False):
+        (folder / file).write_bytes(model.serialized_model_proto())
+    vocab = {str(spelling): int(i) for spelling, i in tokenizer.get_vocab().items()}
+    marked = tokenizer.build_inputs_with_special_tokens([-1])
+    facts = {
+        "vocab": vocab,
+        "prefix": marked[: marked.index(-1)],
+        "suffix": marked[marked.index(-1) + 1 :],
+        "unknown": tokenizer.unk_token_id,
+        "special": sorted(set(tokenizer.all_special_ids)),
+        "leading": sorted(token for token in vocab if token.startswith(">>") and token.endswith("<<")),
+    }
+    (folder / SPM_FILE).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+_SAMPLES = ("Hello world!", "  two  spaces ", "Über façade, 123.5 – 日本語", "a\nb\tc", "x", "It's (fine); isn't it?")
+
+
+def _check_spm(checkpoint: Checkpoint, tokenizer: Any, folder: Path, info: TokenizerInfo) -> None:
+    """Raises UnsupportedModelError where the written tokenizer reads or writes a text otherwise than transformers does."""
+    from llmx.runtime.tokenizer import Tokenizer
+
+    written = Tokenizer.load(folder, info)
+    leading = [token for token in tokenizer.get_vocab() if token.startswith(">>") and token.endswith("<<")][:1]
+    for text in (*_SAMPLES, *(f"{token} so be it" for token in leading)):
+        wanted = list(tokenizer(text)["input_ids"])
+        same = written.encode(text) == wanted
+        if not same or written.decode(wanted) != tokenizer.decode(wanted, skip_special_tokens=True):
+            raise UnsupportedModelError(
+                f"{checkpoint.name} has a {type(tokenizer).__name__}, which treats {text!r} in a way that llmx does not; "
+                "add a tokenizer.json to the checkpoint."
+            )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -55,6 +108,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         "vocab.json",
         "vocab.txt",
         "spiece.model",
+        "source.spm",
         "tokenizer_config.json",
         "sentencepiece.bpe.model",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import uncollected
 from llmx.export.package import WEIGHTS_FILE, check_free_space, describe_graph, hash_files, write_graphs
 from llmx.export.targets import Target
-from llmx.export.tokenizer import generation_defaults, load_tokenizer, write_tokenizer
+from llmx.export.tokenizer import TOKENIZER_FILE, generation_defaults, load_tokenizer, write_tokenizer
 from llmx.export.weights import SourceModel, build_source
 from llmx.export.writer import WeightsWriter
 from llmx.runtime.errors import ExportError, UnsupportedModelError
@@ -176,9 +177,12 @@ def context_length(checkpoint: Checkpoint, wanted: int | None, stretch: float, u
 
 def _check_vocabulary(source: SourceModel, folder: Path, tokenizer_file: str) -> None:
     """A token past the embedding would read beyond it at run time."""
-    from tokenizers import Tokenizer
+    if tokenizer_file == TOKENIZER_FILE:
+        from tokenizers import Tokenizer
 
-    tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
+        tokens = Tokenizer.from_file(str(folder / tokenizer_file)).get_vocab(with_added_tokens=True)
+    else:
+        tokens = json.loads((folder / tokenizer_file).read_text(encoding="utf-8"))["vocab"]
     rows = embedding_shape(source)[0]
     highest = max(tokens.values(), default=0)
     if highest >= rows:

@@ -103,6 +103,7 @@ class TokenizerInfo:
     pad_token_id: int | None = None
     special_tokens: dict[str, str] = field(default_factory=dict)  # "bos_token" -> "<s>", …
     clean_up_tokenization_spaces: bool = False
+    kind: str = "tokenizers"  # or "sentencepiece" (llmx.runtime.spm)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ class Tokenizer:
         """Raises PackageError where the file is missing or damaged."""
         import tokenizers
 
+        if info.kind == "sentencepiece":
+            from llmx.runtime.spm import SpmTokenizer
+
+            return SpmTokenizer.load(folder, info)
         path = folder / info.file
         if not path.is_file():
             raise PackageError(f"{folder} lacks {info.file}; copy or export the package again.")
