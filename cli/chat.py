@@ -6,9 +6,12 @@ import sys
 from typing import Any
 
 import click
-from llmx.cli.common import load, model_options, sampling_options, sampling_params
+from llmx.cli.common import load, model_options, reason, sampling_options, sampling_params
 
-_HELP = "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. Ctrl-C stops an answer."
+_HELP = (
+    "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. "
+    "Ctrl-C stops an answer; at the prompt it leaves."
+)
 
 
 @click.command(name="chat")
@@ -16,7 +19,8 @@ _HELP = "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. Ct
 @click.option("--system", help="A system message to begin with.")
 @sampling_options
 def command(system: str | None, **options: Any) -> None:
-    """Talk with a model in the terminal. /reset forgets the conversation, /exit leaves.
+    """Talk with a model in the terminal. /reset forgets the conversation, /exit leaves. Ctrl-C stops an answer and
+    keeps what was said so far; at the prompt, and while the model loads, it leaves with exit code 130.
 
     \b
     Examples:
@@ -52,19 +56,22 @@ def _ask() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"Standard input cannot be read as text: {reason(error)}.") from None
 
 
 def _answer(llm: Any, messages: list[dict[str, str]], params: Any) -> str:
     """Stream the answer; Ctrl-C ends it and keeps what was said."""
-    text = ""
-    pieces = llm.chat(messages, params, stream=True)
+    text, pieces = "", None
     try:
+        pieces = llm.chat(messages, params, stream=True)
         for piece in pieces:
             text += piece.text
             sys.stdout.write(piece.text)
             sys.stdout.flush()
     except KeyboardInterrupt:
-        pieces.close()
+        if pieces is not None:
+            pieces.close()
         click.echo(" [stopped]", err=True)
     sys.stdout.write("\n")
     return text.strip()

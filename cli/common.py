@@ -94,17 +94,9 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
 def status(text: str) -> Any:
     """A spinner on standard error while a block runs; nothing where that is not a terminal."""
     from rich.console import Console
+    from rich.markup import escape
 
-    return Console(stderr=True, quiet=not sys.stderr.isatty()).status(text)
-
-
-def human_bytes(size: float) -> str:
-    """Decimal units, three digits: 1.23 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+    return Console(stderr=True, quiet=not sys.stderr.isatty()).status(escape(text))
 
 
 def _read(file: Path | None, what: str) -> str:
@@ -113,7 +105,14 @@ def _read(file: Path | None, what: str) -> str:
         return file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         name = f"The {what} file {file}" if file is not None else "Standard input"
-        raise click.UsageError(f"{name} cannot be read as text: {error}.") from None
+        raise click.UsageError(f"{name} cannot be read as text: {reason(error)}.") from None
+
+
+def reason(error: OSError | UnicodeDecodeError) -> str:
+    """Why a file cannot be read or written, in a few words."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is not UTF-8"
+    return error.strerror or str(error)
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -148,7 +147,7 @@ def read_texts(text: tuple[str, ...], text_file: Path | None) -> list[str]:
     if not text:
         if text_file is None and sys.stdin.isatty():
             raise click.UsageError("Give a text: --text TEXT, --text-file FILE, or lines on standard input.")
-        texts = [line for line in _read(text_file, "text").splitlines() if line.strip()]
+        texts = [line for line in _read(text_file, "text").split("\n") if line.strip()]
     if not texts or not all(t.strip() for t in texts):
         raise click.UsageError("A text is empty; give at least one character.")
     return texts
@@ -162,8 +161,9 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as they are: "[MASK]" is no markup
     Console().print(table)

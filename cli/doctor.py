@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
-from llmx.cli.common import human_bytes
+from llmx.runtime.units import human_bytes
 
 
 @click.command(name="doctor")
@@ -40,6 +40,7 @@ def examine() -> dict[str, Any]:
     """Facts and findings as plain data; each problem carries its fix."""
     from llmx.runtime.machine import available_memory, usable_cpus
     from llmx.runtime.mapped_cache import default_cache_dir
+    from llmx.runtime.providers import is_installed
 
     names = (
         "llmx",
@@ -60,12 +61,14 @@ def examine() -> dict[str, Any]:
         import onnxruntime
 
         providers = list(onnxruntime.get_available_providers())
-    except (ImportError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError) as error:
+        installed = is_installed("onnxruntime")
+        problem = (
+            f"onnxruntime is installed but cannot be loaded ({error})" if installed else "onnxruntime is not installed"
+        )
+        how = "--force-reinstall " if installed else ""
         problems.append(
-            {
-                "problem": f"onnxruntime does not work ({error})",
-                "fix": 'pip install "llmx[cpu]"  (or "llmx[gpu]" with an NVIDIA GPU)',
-            }
+            {"problem": problem, "fix": f'pip install {how}"llmx[cpu]"  (or "llmx[gpu]" with an NVIDIA GPU)'}
         )
     if versions["onnxruntime"] and versions["onnxruntime-gpu"]:
         problems.append(
@@ -117,6 +120,7 @@ def _gpus() -> list[str]:
 
 def _print(facts: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -126,10 +130,14 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(f"[bold]{name}[/bold]", number or "[dim]not installed[/dim]")
     table.add_row("[bold]providers[/bold]", ", ".join(facts["providers"]) or "none")
     table.add_row("[bold]CPUs[/bold]", f"{facts['cpus']} usable, {human_bytes(facts['free_memory'])} of memory free")
-    table.add_row("[bold]GPUs[/bold]", "; ".join(facts["gpus"]) or "none")
-    table.add_row("[bold]cache[/bold]", facts["cache"])
+    table.add_row("[bold]GPUs[/bold]", escape("; ".join(facts["gpus"])) or "none")
+    table.add_row("[bold]cache[/bold]", escape(facts["cache"]))
     table.add_row("[bold]run[/bold]", "yes" if facts["can_run"] else "no")
     table.add_row("[bold]export[/bold]", "yes" if facts["can_export"] else "no")
     console.print(table)
     for item in facts["problems"]:
-        console.print(f"[yellow]![/yellow] {item['problem']}\n  fix: {item['fix']}", highlight=False, markup=True)
+        console.print(
+            f"[yellow]![/yellow] {escape(item['problem'])}\n  fix: {escape(item['fix'])}",
+            highlight=False,
+            soft_wrap=True,
+        )

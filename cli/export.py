@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import human_bytes
+from llmx.cli.signals import termination_interrupts
 from llmx.runtime.errors import MissingDependencyError
+from llmx.runtime.units import human_bytes
 
 
 @click.command(name="export")
@@ -43,6 +44,7 @@ from llmx.runtime.errors import MissingDependencyError
 @click.option("--adapter", type=click.Path(path_type=Path), help="A PEFT LoRA folder to merge in.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the model.")
 @click.option("--force", is_flag=True, help="Replace a package at the output.")
+@click.option("--with-hidden-states", is_flag=True, help="Let LLM.hidden_states work on a model that generates.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with PyTorch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def command(as_json: bool, no_verify: bool, **options: Any) -> None:
@@ -63,10 +65,8 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
     gc.disable()
     atexit.register(gc.freeze)
     console = Console(stderr=True, quiet=as_json)
-    with _progress(console) as reporter:
-        from llmx.export.export import ExportOptions, export_model
-
-        result = export_model(ExportOptions(verify=not no_verify, **options), reporter)
+    with termination_interrupts(), _progress(console) as reporter:
+        result = _export(reporter, verify=not no_verify, **options)
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
     manifest = result.manifest
@@ -103,11 +103,26 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
     click.echo("Run it: llmx " + hints.get(task, 'run --onnx {} --prompt "…"').format(result.path))
 
 
+def _export(reporter: Any, **options: Any) -> Any:
+    """Import the exporter and run it. Raises MissingDependencyError where a library is there and does not load."""
+    try:
+        from llmx.export import ExportOptions, export_model
+    except (ImportError, OSError) as error:
+        if (getattr(error, "name", None) or "").startswith("llmx"):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise MissingDependencyError(
+            f"A library that exporting needs is installed but cannot be loaded: {reason}; "
+            'pip install --force-reinstall "llmx[export]".'
+        ) from None
+    return export_model(ExportOptions(**options), reporter)
+
+
 def _need_torch() -> None:
-    from importlib.util import find_spec
+    from llmx.runtime.providers import is_installed
 
     missing = [
-        name for name in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime") if find_spec(name) is None
+        name for name in ("torch", "transformers", "onnx_ir", "onnxscript", "onnxruntime") if not is_installed(name)
     ]
     if missing:
         extra = "export,cpu" if "onnxruntime" in missing else "export"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import os
 import sys
 from typing import Any
 
 import click
+from llmx.cli.signals import Terminated, exit_code
+from llmx.cli.streams import standard_streams
 
 _COMMANDS = {
     "export": ("llmx.cli.export", "Export a Hugging Face model to a package of ONNX graphs."),
@@ -21,6 +23,12 @@ _COMMANDS = {
     "doctor": ("llmx.cli.doctor", "Show what this machine can run, and how to fix what is missing."),
     "completion": ("llmx.cli.completion", "Print the shell completion script for bash, zsh or fish."),
 }
+
+# Troubles of the machine rather than of llmx: what file, and why, is all that a user needs.
+_MACHINE = {
+    errno.EACCES, errno.EPERM, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+    errno.ESTALE,
+}  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -40,6 +48,27 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
+    def main(self, *args: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Run the command line and exit; an interrupt, wherever it arrives, is one word and its exit code."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **more)  # type: ignore[call-overload]
+        with standard_streams():
+            sys.exit(self._run(*args, **more))
+
+    def _run(self, *args: Any, **more: Any) -> int:
+        try:
+            code = super().main(*args, standalone_mode=False, **more)  # type: ignore[call-overload]
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except click.Abort as error:  # click's word for KeyboardInterrupt, which it has written a newline for
+            return _interrupted(error.__cause__)
+        except KeyboardInterrupt as error:
+            click.echo(err=True)
+            return _interrupted(error)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; deliberate errors become one sentence and their exit code, anything else a traceback."""
         from llmx.runtime.errors import LlmxError
@@ -49,12 +78,18 @@ class LazyGroup(click.Group):
         except LlmxError as error:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted.", err=True)
-            sys.exit(130)
-        except BrokenPipeError:  # `llmx run … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        except OSError as error:
+            if error.filename is None or error.errno not in _MACHINE:
+                raise
+            raise click.ClickException(f"{error.filename} cannot be read or written: {error.strerror}.") from None
+
+
+def _interrupted(error: BaseException | None) -> int:
+    # CPython notes an interrupt that leaves an exec() of text, and dies of SIGINT at its end even where someone caught it
+    # further out; the next exec() drops the note.
+    exec("")
+    click.echo("Terminated." if isinstance(error, Terminated) else "Interrupted.", err=True)
+    return exit_code(error)
 
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:

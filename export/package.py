@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
+from llmx.export.folder import check_free_space, package_folder
 from llmx.export.passes import is_parameter
 from llmx.export.weights import SourceModel
 from llmx.export.writer import INLINE_BELOW, Progress, WeightsWriter
 from llmx.runtime.errors import ExportError
 from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, GraphInfo, Manifest, TensorInfo
 
+__all__ = [
+    "WEIGHTS_FILE",
+    "check_free_space",
+    "describe_graph",
+    "dtype_name",
+    "hash_files",
+    "package_folder",
+    "write_graphs",
+    "write_manifest",
+]
+
 WEIGHTS_FILE = "weights.data"
 _PREFIX = "model."  # PrefillModule holds the model under this name
-
-
-@contextlib.contextmanager
-def package_folder(output: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place when the block ends well, and vanishes otherwise.
-
-    Raises ExportError: `output` exists (without `force`), or nothing can be written there.
-    """
-    if output.exists() and not force:
-        raise ExportError(f"{output} already exists; choose another --output, or replace it with --force.")
-    if output.exists() and not _is_replaceable(output):
-        raise ExportError(f"{output} is not a model package, so --force does not replace it; choose another --output.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise ExportError(f"Nothing can be written to {output.parent}: {error.strerror or error}.") from None
-    try:
-        partial.chmod(0o755)
-        yield partial
-        if output.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))
-            output.rename(retired / output.name)
-            partial.rename(output)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            partial.rename(output)
-    except OSError as error:
-        raise ExportError(f"Writing {output} failed: {error.strerror or error} (nothing was left behind).") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_replaceable(output: Path) -> bool:
-    return output.is_dir() and ((output / MANIFEST_FILE).is_file() or not any(output.iterdir()))
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """Raises ExportError before anything is written when `needed` bytes do not fit."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(
-            f"The package needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free; free some space or "
-            "choose another --output."
-        )
 
 
 def write_graphs(

@@ -6,6 +6,7 @@ values: a thread does the one beside the other. What no graph turns out to use i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -22,8 +23,14 @@ ALIGNMENT = 4096  # a page: the runtime maps tensors where they lie
 INLINE_BELOW = 4096  # smaller tensors stay inside the graph files
 _MOST_UNUSED = 0.005  # of the file; more, and it is written again without
 
+_PIECE = 8 << 20  # written and hashed between two looks at whether to stop
+
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 Span = tuple[int, int]  # offset and length within the file
+
+
+class _Stopped(Exception):  # noqa: N818 - ends the thread, and reaches nobody
+    """The block was left before the file was complete."""
 
 
 class WeightsWriter:
@@ -44,35 +51,46 @@ class WeightsWriter:
         self._done = 0
         self._spans: dict[str, Span] = {}
         self._hash: Any = hashlib.sha256()
-        self._stop = threading.Event()
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._error: BaseException | None = None
         self._file: Any = None
         self._thread = threading.Thread(target=self._run, name="llmx-weights", daemon=True)
 
     def __enter__(self) -> WeightsWriter:
         self._file = self.path.open("wb")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException as error:  # Ctrl-C while it starts, or no thread to be had
+            if isinstance(error, RuntimeError):
+                self._ended.set()
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
-        self._file.close()
+        try:
+            self._ended.wait()  # not join(): before Python 3.13 an interrupted one calls a running thread ended
+        finally:  # also when a second Ctrl-C ends the wait: the thread fails at its next write to the closed file
+            # Closing hides no error that the block was left by.
+            with contextlib.suppress(OSError) if kind is not None else contextlib.nullcontext():
+                self._file.close()
 
     def _run(self) -> None:
         try:
             with torch.no_grad():
                 self._write_parameters(self._large)
-            self._sync()
+            if not self._stop.is_set():
+                self._sync()
         except BaseException as error:  # handed to whoever waits in finish()
             self._error = error
+        finally:
+            self._ended.set()
 
     def _write_parameters(self, names: Iterable[str]) -> None:
         for name in names:
-            if self._stop.is_set():
-                return
             start = self._start()
             for chunk in self._source.chunks(name, self._parameters[name]):
                 self._append(chunk)
@@ -87,9 +105,15 @@ class WeightsWriter:
         return int(self._file.tell())
 
     def _append(self, data: bytes | bytearray | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._done += len(data)
+        """Write and hash `data`, piece by piece. Raises _Stopped soon after the block was left."""
+        view = memoryview(data)
+        for at in range(0, len(view), _PIECE):
+            if self._stop.is_set():
+                raise _Stopped
+            piece = view[at : at + _PIECE]
+            self._file.write(piece)
+            self._hash.update(piece)
+            self._done += len(piece)
 
     def _end(self, name: str, start: int, expected: int) -> None:
         length = self._file.tell() - start
@@ -102,9 +126,9 @@ class WeightsWriter:
 
         Raises what the thread raised: CheckpointError, ExportError or OSError.
         """
-        while self._thread.is_alive():
+        while not self._ended.is_set():
             progress(min(self._done, self._total), self._total)
-            self._thread.join(0.1)
+            self._ended.wait(0.1)
         if self._error is not None:
             raise self._error
         unused = sum(self._parameters[name].nbytes for name in self._large if name not in used)

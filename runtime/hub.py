@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
-from llmx.runtime.errors import LlmxError, PackageError
+from llmx.runtime.errors import LlmxError, PackageError, RequestError
+from llmx.runtime.manifest import MANIFEST_FILE, Manifest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -23,6 +28,15 @@ def download(
     Raises `error`, one sentence: no such repository or revision, no access, no network.
     """
     from huggingface_hub import snapshot_download
+
+    with _one_sentence(name, revision, error):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    return folder, _commit(folder)
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str, revision: str | None, error: type[LlmxError]) -> Iterator[None]:
+    """What the hub's client raises within the block becomes `error`."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -32,7 +46,7 @@ def download(
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        yield
     except GatedRepoError:
         raise error(f"{name} is gated: accept its terms on the hub, then run `hf auth login`.") from None
     except RevisionNotFoundError:
@@ -42,23 +56,74 @@ def download(
             f"There is no folder {name} here and no such repository on the hub (or it is private: `hf auth login`)."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         raise error(
-            f"There is no folder {name} here, and the hub could not be reached for it ({reason[:160]})."
+            f"There is no folder {name} here, and the hub could not be reached for it ({_first_sentence(problem)})."
         ) from None
-    return folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+
+
+def _first_sentence(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return textwrap.shorten(lines[0].partition(". ")[0].rstrip("."), 160, placeholder=" …")
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a snapshot's folder in the hub's cache."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def resolve_package(name: str | Path, revision: str | None = None) -> Path:
     """The folder of the package `name`: a local folder, or a hub id of a published package.
 
-    Raises PackageError when it is neither.
+    Raises PackageError when it is neither, RequestError for a `revision` of a local folder.
     """
     folder = Path(name).expanduser()
     if folder.exists():
+        if revision is not None:
+            raise RequestError(f"A revision goes with a hub id, and {name} is a local folder; leave it out.")
         return folder
     if not looks_like_hub_id(str(name)):
         raise PackageError(
             f"There is no model package at {name}; create one with `llmx export --model … --output {name}`."
         )
-    return download(str(name), revision, None, PackageError)[0]
+    return _download_package(str(name), revision)
+
+
+def _download_package(name: str, revision: str | None) -> Path:
+    """The manifest first: it says whether the repository is a package, and which of its files belong to it."""
+    path = _download_manifest(name, revision)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{MANIFEST_FILE} of {name} cannot be read: {error}.") from None
+    files = list(Manifest.from_json(text, f"{name}/{MANIFEST_FILE}").files)
+    folder = path.parent
+    if _lacking(folder, files):
+        # Of the manifest's commit, not of what the revision means by now.
+        patterns = [glob.escape(file) for file in (MANIFEST_FILE, *files)]
+        folder, _ = download(name, _commit(folder) or revision, patterns, PackageError)
+    lacking = _lacking(folder, files)
+    if lacking:  # without a network the hub's client returns what its cache has
+        raise PackageError(
+            f"{name} lacks {lacking[0]}, which its manifest lists: the hub could not be reached for it, or has no such file."
+        )
+    return folder
+
+
+def _lacking(folder: Path, files: list[str]) -> list[str]:
+    return [file for file in files if not (folder / file).is_file()]
+
+
+def _download_manifest(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _one_sentence(name, revision, PackageError):
+        try:
+            return Path(hf_hub_download(name, MANIFEST_FILE, revision=revision))
+        except LocalEntryNotFoundError:  # no network, which says nothing about the repository
+            raise
+        except EntryNotFoundError:
+            raise PackageError(
+                f"{name} on the hub is not a model package (no {MANIFEST_FILE}): export it first: "
+                f"llmx export --model {name}"
+            ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +23,35 @@ class Device:
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module. Raises MissingDependencyError where it is not installed."""
+    """The onnxruntime module. Raises MissingDependencyError where it is not installed, or does not load."""
     try:
         import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            'onnxruntime is not installed: pip install "llmx[cpu]" (or "llmx[gpu]" for CUDA).'
-        ) from None
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(_why_not("onnxruntime", error)) from None
     if not hasattr(onnxruntime, "InferenceSession"):  # both wheels were installed, and one was removed
         raise MissingDependencyError(
             'onnxruntime is damaged: pip install --force-reinstall "llmx[cpu]" (or "llmx[gpu]").'
         )
     return onnxruntime
+
+
+def _why_not(name: str, error: Exception) -> str:
+    """One sentence on why the library `name` could not be imported, with the command that helps."""
+    if not is_installed(name):
+        return f'{name} is not installed: pip install "llmx[cpu]" (or "llmx[gpu]" for CUDA).'
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return (
+        f"{name} is installed but cannot be loaded: {reason}; "
+        f'pip install --force-reinstall "llmx[cpu]" (or "llmx[gpu]" for CUDA).'
+    )
+
+
+def is_installed(name: str) -> bool:
+    """Whether the module `name` can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def resolve_device(device: str) -> Device:

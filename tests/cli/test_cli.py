@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -173,13 +174,23 @@ def test_altered_files(damaged: Path) -> None:
     weights.write_bytes(data)
     refused(run("inspect", damaged, "--integrity"), "was altered", 1)
     (damaged / "tokenizer.json").write_text("x" * (damaged / "tokenizer.json").stat().st_size)
-    refused(run("run", "--onnx", damaged, "--prompt", "x"), "tokenizer.json is damaged", 1)
+    refused(run("run", "--onnx", damaged, "--prompt", "x"), "tokenizer.json was altered", 1)
 
 
-def test_damaged_graph(damaged: Path) -> None:
-    graph = damaged / "decode.onnx"
-    graph.write_bytes(b"x" * graph.stat().st_size)
-    refused(run("run", "--onnx", damaged, "--prompt", "x"), "cannot open", 1)
+def vouch(package: Path, name: str) -> None:
+    """Write the file's present hash into the manifest, as if the exporter had written it so."""
+    manifest = json.loads((package / "llmx.json").read_text())
+    manifest["files"][name]["sha256"] = hashlib.sha256((package / name).read_bytes()).hexdigest()
+    (package / "llmx.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("name", "message"), [("decode.onnx", "cannot open"), ("tokenizer.json", "is damaged")])
+def test_damaged_files(damaged: Path, name: str, message: str) -> None:
+    file = damaged / name
+    file.write_bytes(b"x" * file.stat().st_size)
+    refused(run("run", "--onnx", damaged, "--prompt", "x"), f"{name} was altered", 1)
+    vouch(damaged, name)
+    refused(run("run", "--onnx", damaged, "--prompt", "x"), message, 1)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +201,8 @@ def test_damaged_graph(damaged: Path) -> None:
         (lambda m: m.update(state="x"), "should be"),
         (lambda m: m.update(format="other"), "not an llmx manifest"),
         (lambda m: m.update(family="encoder"), "graphs.encoder is missing"),
-        (lambda m: m.update(family="encoder-decoder"), "does not run"),
+        (lambda m: m.update(family="encoder-decoder"), "graphs.encoder is missing"),
+        (lambda m: m.update(family="diffusion"), "does not run"),
         (lambda m: m.update(min_onnxruntime="99.0"), "needs onnxruntime 99.0"),
     ],
 )

@@ -55,4 +55,5 @@ def test_thread_errors_reach_the_caller(tmp_path: Path) -> None:
 def test_leaving_early_stops_the_thread(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), WeightsWriter(tmp_path / "w", SourceModel(Two(), {})) as writer:
         raise KeyboardInterrupt
+    writer._thread.join(1)
     assert not writer._thread.is_alive()
