@@ -161,6 +161,9 @@ def probe_carried(model: torch.nn.Module) -> Carried:
     if argument is None:
         raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache (past_key_values)")
     output_head(model)
+    if any(vars(module).get("is_decoder") is False for module in model.modules()):
+        # its tokens see those after them, which no cache can hold
+        raise UnsupportedModelError("its config says is_decoder: false; export it with --task embed or fill-mask")
     if length_rule(model) is not None:
         raise UnsupportedModelError(
             "its rotary factors depend on the sequence's length, which carried state has no input for"
