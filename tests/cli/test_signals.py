@@ -58,16 +58,17 @@ main()
     assert done.stderr.split() == ["Interrupted."]
 
 
-def test_ctrl_c_inside_generated_code() -> None:
-    program = """
+def test_ctrl_c_inside_generated_code(tmp_path: Path) -> None:
+    """`python -m` dies of SIGINT, however the interrupt was answered, once it has left an exec() of text."""
+    (tmp_path / "program.py").write_text("""
 import llmx.cli, llmx.cli.doctor as doctor, sys
 def examine():
     exec("raise KeyboardInterrupt")
 doctor.examine = examine
 sys.argv = ["llmx", "doctor"]
 llmx.cli.main()
-"""
-    done = execute([sys.executable, "-c", program])
+""")
+    done = execute([sys.executable, "-m", "program"], cwd=tmp_path)
     assert done.returncode == 130, done.stderr
 
 
