@@ -29,6 +29,7 @@ from torch.fx import config as fx_config
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.fx.passes import type_promotion
+from transformers.exporters import utils as exporter_utils
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 #: Both provider builds that llmx targets read this opset; the exporters' default is newer than the CUDA build.
@@ -43,7 +44,7 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
     Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
     """
     config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
-    with quiet(), _fast_decomposition(), _fast_promotion(), _remembered_contiguity(), _no_bookkeeping():
+    with quiet(), _fast_decomposition(), _fast_promotion(), _remembered_contiguity(), _no_bookkeeping(), _own_dtypes():
         try:
             model, _ = OnnxExporter().export_program(module, inputs, config)
         except UnsupportedModelError:
@@ -140,6 +141,11 @@ def uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def _own_dtypes() -> AbstractContextManager[None]:
+    """Leave the example inputs' dtypes: the exporter would cast a float32 recurrent state to its model's 16 bits."""
+    return _replaced(exporter_utils, "cast_leaf_tensors", lambda inputs, **_: inputs)
 
 
 def _remembered_contiguity() -> AbstractContextManager[None]:
