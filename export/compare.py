@@ -1,0 +1,213 @@
+"""`llmx verify`: a written package against its PyTorch source, measured rather than merely passed.
+
+The reference is what the export verifies against (`llmx.export.verify`): weights rounded to the package's dtype,
+computed in float32, each row alone. The package runs as in production, through `LLM` and its backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llmx.export.checkpoint import Checkpoint, open_checkpoint
+from llmx.export.compare_encoders import compare_encoder, compare_seq2seq
+from llmx.export.differences import Differences, Spot
+from llmx.export.pair import LENGTHS, CompareOptions, Pair, Report, Stage
+from llmx.export.perplexity import perplexity, text_ids, window_length
+from llmx.export.rope import length_rule
+from llmx.export.targets import cannot_verify
+from llmx.export.verify import _LONGEST, _NEW_TOKENS, ReferencePath, _logits, reference_path
+from llmx.export.weights import load_model
+from llmx.runtime import LLM, SamplingParams
+from llmx.runtime.backend import recompute
+from llmx.runtime.errors import CheckpointError, MachineError, RequestError, UnsupportedModelError
+from llmx.runtime.hub import resolve_package
+from llmx.runtime.manifest import Manifest, check_hashes, load_manifest
+
+_SHORTEST, _SPREAD = 2, 97  # further prompts have 2 to 96 tokens
+
+
+def compare(options: CompareOptions, stage: Stage = lambda _: None) -> Report:
+    """Compare a package with its source. `stage` hears what begins.
+
+    Raises PackageError, CheckpointError, RequestError, MachineError: what cannot be compared. A difference past the
+    tolerance is no error but a report that did not pass.
+    """
+    folder = resolve_package(options.onnx)
+    manifest = load_manifest(folder)
+    if options.integrity:
+        stage("Hashing the package")
+        check_hashes(folder, manifest)
+    if options.text is not None and manifest.family != "decoder":
+        raise RequestError(
+            f"Perplexity is for decoders, and {options.onnx} is an {manifest.family}; leave --text-file out."
+        )
+    if manifest.dtype == "bfloat16":  # cannot_verify's sentence sends its readers here
+        raise MachineError(
+            f"{options.onnx} is bfloat16, which the CPU provider cannot run; compare an fp32 or fp16 export."
+        )
+    reason = cannot_verify(manifest)
+    if reason is not None:
+        raise MachineError(f"{options.onnx} cannot be compared on this machine: {reason}.")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    checkpoint = _checkpoint(options, manifest)
+    stage("Loading PyTorch's model")
+    model = load_model(checkpoint, getattr(torch, manifest.dtype), options.adapter)
+    _check_same(options, manifest, model)
+    kinds = {"encoder": compare_encoder, "encoder-decoder": compare_seq2seq}
+    pair = Pair(folder, manifest, checkpoint, model.float(), options)
+    with torch.no_grad():
+        return kinds.get(manifest.family, _compare_decoder)(pair, stage)
+
+
+def _checkpoint(options: CompareOptions, manifest: Manifest) -> Checkpoint:
+    task = manifest.encoder.task if manifest.encoder is not None else "generate"
+    try:
+        checkpoint = open_checkpoint(options.model, options.revision, options.trust_remote_code, task)
+    except UnsupportedModelError:
+        raise CheckpointError(
+            f"{options.model} is no model for {task}, which {options.onnx} was exported for; give its own source."
+        ) from None
+    made, given = manifest.source.get("model_type"), checkpoint.config.model_type
+    if made is not None and made != given:
+        raise CheckpointError(
+            f"{options.onnx} was exported from a model of type {made}, and {options.model} is a {given}; give its own source."
+        )
+    return checkpoint
+
+
+def _check_same(options: CompareOptions, manifest: Manifest, model: Any) -> None:
+    """Raises CheckpointError where the checkpoint is of other sizes than the package's source was."""
+    rows, width = model.get_input_embeddings().weight.shape
+    # a decoder's vocabulary is its logits', which may be fewer than the embeddings
+    head = model.get_output_embeddings() if manifest.family != "encoder" else None
+    vocab = rows if head is None or not hasattr(head, "weight") else head.weight.shape[0]
+    sizes = [
+        ("architecture", manifest.source.get("architecture"), type(model).__name__),
+        ("hidden size", manifest.model.hidden_size, int(width)),
+        ("vocabulary", manifest.model.vocab_size, int(vocab)),
+        ("parameters", manifest.model.parameters, sum(p.numel() for p in model.parameters())),
+    ]
+    for what, made, given in sizes:
+        if made is not None and made != given:
+            raise CheckpointError(
+                f"{options.onnx} was exported from another model: its {what} is {made}, and that of {options.model} is "
+                f"{given}; give the checkpoint that it was exported from."
+            )
+
+
+def _compare_decoder(pair: Pair, stage: Stage) -> Report:
+    options, manifest = pair.options, pair.manifest
+    by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
+    rule = length_rule(pair.model) if by_length else None
+    lengths = _lengths(pair, rule.edge if rule else None)
+    window = window_length(manifest.model.context_length) if options.text is not None else 2
+    room = min(manifest.model.context_length, max(window, *lengths) + _NEW_TOKENS)
+    stage("Loading the package")
+    with LLM(pair.folder, device="cpu", max_length=room, slots=len(lengths), threads=options.threads) as llm:
+        text = text_ids(llm, options.text, options.tokens) if options.text is not None else None
+        stage("Running PyTorch")
+        steps = min(_NEW_TOKENS, room - max(lengths))
+        paths = [
+            reference_path(pair.model, n, 1000 * options.seed + row, steps, stepwise=rule is not None)
+            for row, n in enumerate(lengths)
+        ]
+        stage("Running the package")
+        differences = Differences(pair.tolerance)
+        _teacher_forced(llm.backend, paths, steps, differences)
+        generation = _generate(llm, paths, steps, pair.tolerance)
+        measured = None
+        if text is not None:
+            stage("Perplexity")
+            measured = perplexity(llm, pair.model, text, differences)
+        chunk = llm.prefill_chunk if llm.backend.chunked else llm.max_length
+    report = pair.report(differences, generation=generation, perplexity=measured)
+    if differences.first is not None:
+        stage("Looking for the layer")
+        tokens = _tokens_of(differences.first, paths, text, window, chunk)
+        stepwise = "prefill" not in manifest.graphs or differences.first.phase == "decode"
+        graph = "decode" if stepwise else "prefill"
+        pair.part(report, differences.first, graph, tokens, lambda: _logits(pair.model, torch.from_numpy(tokens)[None]))
+    elif not generation["within_tolerance"]:
+        pair.fail(
+            report, "Logits agree, and greedy tokens differ by more than a tie: the runtime, not the graph, is wrong."
+        )
+    return report
+
+
+def _lengths(pair: Pair, edge: int | None) -> list[int]:
+    """`prompts` ragged lengths, as many as wanted of: past every window, past the `edge` where rotary factors change, past
+    the blocks of recurrences; then shorter ones.
+    """
+    manifest, count = pair.manifest, pair.options.prompts
+    windows = {t.window for t in manifest.state if t.window is not None}
+    named = getattr(pair.model.config.get_text_config(decoder=True), "sliding_window", None)
+    windows |= {named} if isinstance(named, int) else set()  # a hint: carried state knows of no window
+    edges = windows | ({edge} if edge is not None else set())
+    crossing = [n + 9 for n in sorted(edges, reverse=True) if n + 9 <= _LONGEST]
+    approaching = [max(1, edge - 7)] if edge is not None and edge <= _LONGEST else []  # crossed while decoding
+    wanted = list(dict.fromkeys([*crossing, *approaching, *reversed(LENGTHS)]))
+    random = np.random.default_rng(pair.options.seed)
+    wanted += random.integers(_SHORTEST, _SPREAD, max(0, count - len(wanted))).tolist()
+    longest = manifest.model.context_length - _NEW_TOKENS
+    return [min(n, max(1, longest)) for n in wanted[:count]]
+
+
+def _teacher_forced(backend: Any, paths: list[ReferencePath], steps: int, differences: Differences) -> None:
+    """Prompts into one slot each, in two chunks where the package takes them; then PyTorch's tokens, all rows in a batch."""
+    for row, path in enumerate(paths):
+        split = max(1, path.prompt_length * 2 // 3) if backend.chunked else path.prompt_length
+        for start, end in ((0, split), (split, path.prompt_length)):
+            if start < end:
+                got = backend.prefill(row, path.tokens[start:end], start, np.arange(end - start), path.rope_length)
+                differences.add(got, path.logits[start:end], row, start, "prefill")
+    for step in range(steps):
+        at = np.array([path.prompt_length + step for path in paths])
+        for row, path in enumerate(paths):
+            if at[row] == backend.recompute_at:
+                recompute(backend, row, path.tokens[: at[row]], int(at[row]))
+        got = backend.decode(np.array([path.tokens[n] for path, n in zip(paths, at, strict=True)]), at)
+        for row, path in enumerate(paths):
+            differences.add(got[row : row + 1], path.logits[at[row] : at[row] + 1], row, int(at[row]), "decode")
+
+
+def _generate(llm: LLM, paths: list[ReferencePath], steps: int, tolerance: float) -> dict[str, Any]:
+    """Free-running greedy tokens of all rows in a ragged batch, beside transformers'. After its first other token a row
+    follows its own text, so agreement counts the tokens before it.
+    """
+    prompts = [path.tokens[: path.prompt_length].tolist() for path in paths]
+    params = SamplingParams(max_tokens=steps, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True)
+    agreed, identical, first, within = 0, 0, None, True
+    for row, (path, out) in enumerate(zip(paths, llm.generate(prompts, params), strict=True)):
+        want, got = path.tokens[path.prompt_length :], np.array(out.outputs[0].token_ids)
+        other = np.flatnonzero(got != want)
+        agreed += int(other[0]) if len(other) else len(want)
+        identical += not len(other)
+        if not len(other):
+            continue
+        at = int(other[0])
+        logits = path.logits[path.prompt_length + at - 1]
+        lead = float(logits[want[at]] - logits[got[at]])
+        tie = lead <= 2 * tolerance * max(1.0, float(np.abs(logits).max()))
+        within = within and tie
+        if first is None or (first["tie"] and not tie):
+            first = {"row": row, "token": at, "pytorch": int(want[at]), "onnx": int(got[at]), "lead": lead, "tie": tie}
+    return {
+        "prompt_lengths": [path.prompt_length for path in paths],
+        "tokens_per_row": steps,
+        "identical_rows": identical,
+        "agreement": agreed / max(1, steps * len(paths)),
+        "first_difference": first,
+        "within_tolerance": within,
+    }
+
+
+def _tokens_of(spot: Spot, paths: list[ReferencePath], text: np.ndarray | None, window: int, chunk: int) -> np.ndarray:
+    """The tokens that lead to `spot`, its own included."""
+    if spot.phase != "text":
+        return paths[spot.row].tokens[: spot.position + 1]
+    assert text is not None
+    start = spot.row * max(1, window // 2)
+    return text[start : start + spot.position - start + 1]
