@@ -168,7 +168,7 @@ def _teacher_forced(backend: Any, paths: list[ReferencePath], steps: int, differ
         for row, path in enumerate(paths):
             if at[row] == backend.recompute_at:
                 recompute(backend, row, path.tokens[: at[row]], int(at[row]))
-        got = backend.decode(np.array([path.tokens[n] for path, n in zip(paths, at, strict=True)]), at)
+        got = backend.decode(np.array([path.tokens[n] for path, n in zip(paths, at, strict=True)]), at).rows()
         for row, path in enumerate(paths):
             differences.add(got[row : row + 1], path.logits[at[row] : at[row] + 1], row, int(at[row]), "decode")
 

@@ -208,7 +208,7 @@ def _compare_decode(backend: Backend, paths: list[ReferencePath], dtype: str) ->
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
             if length == backend.recompute_at:
                 recompute(backend, row, path.tokens[:length], length)
-        logits = backend.decode(tokens, np.array(lengths))
+        logits = backend.decode(tokens, np.array(lengths)).rows()
         for row, (path, length) in enumerate(zip(paths, lengths, strict=True)):
             place = f"row {row}, decode position"
             difference, allowed = check_logits(

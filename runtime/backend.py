@@ -14,6 +14,7 @@ from llmx.runtime.mapped_cache import wanted
 from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.state import StatePool, plan_state
+from llmx.runtime.step_logits import HostLogits, StepLogits
 
 _KEPT_PREFILL_STEPS = 8
 
@@ -42,12 +43,20 @@ class Backend(Protocol):
         """
         ...
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+    def decode(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        temperatures: np.ndarray | None = None,
+    ) -> StepLogits:
         """One token for each of the slots 0 … n-1: int64 [n] tokens, and how many positions each slot holds before it.
 
-        Returns logits [n, vocab], valid until the next call. `active`, bool [n]: the rows that are meant (default: all).
-        An idle row passes any token and its own length: a backend that runs it all the same writes at its next position
-        alone, which its next owner overwrites, and its logits mean nothing.
+        Returns the logits of n rows, valid until the next call. `active`, bool [n]: the rows that are meant (default:
+        all). An idle row passes any token and its own length: a backend that runs it all the same writes at its next
+        position alone, which its next owner overwrites, and its logits mean nothing. `temperatures`, float32 [n]: what a
+        row will be asked for: its `greedy` token where 0, its `top` at a temperature above, else (-1, and by default)
+        the whole row. Whatever it says, every row can be read whole.
         """
         ...
 
@@ -114,7 +123,13 @@ class OrtBackend:
         self._prefill_steps[key] = step  # most recently used last
         return step
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+    def decode(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        temperatures: np.ndarray | None = None,
+    ) -> StepLogits:
         rows = len(token_ids)
         step = self._decode_steps.get(rows)
         if step is None:
@@ -128,7 +143,7 @@ class OrtBackend:
         step.feed("seqlens_k", lengths)
         step.feed("total_sequence_length", lengths.max() + 1)
         step.feed("rope_lengths", lengths[:, None] + 1)
-        return step.run(self._run_options)[:, 0]
+        return HostLogits(step.run(self._run_options)[:, 0])
 
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")

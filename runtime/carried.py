@@ -14,6 +14,7 @@ from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
+from llmx.runtime.step_logits import HostLogits, StepLogits
 
 
 class CarriedBackend:
@@ -85,12 +86,18 @@ class CarriedBackend:
         self.last_hidden = np.array(hidden)[np.asarray(positions)] if hidden else None
         return asked
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+    def decode(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        temperatures: np.ndarray | None = None,
+    ) -> StepLogits:
         for row in range(len(token_ids)):
             if active is None or active[row]:
                 self._rewind(row, int(lengths[row]))
                 self._logits[row] = self._step(row, int(token_ids[row]))
-        return self._logits[: len(token_ids)]
+        return HostLogits(self._logits[: len(token_ids)])
 
     def _step(self, slot: int, token: int) -> np.ndarray:
         """One token after the slot's state; logits [vocab]."""

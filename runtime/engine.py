@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
+from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.sampling import Choice, choose, make_generator, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
+from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -70,6 +72,7 @@ class Engine:
                     IncrementalDetokenizer(self.tokenizer, context, params.skip_special_tokens),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     list(prompt_ids),
+                    asks=asked(params),
                 )
             )
         if params.prompt_logprobs is not None:
@@ -144,7 +147,7 @@ class Engine:
         for twin, sequence in plan.forks:
             assert twin.slot is not None and sequence.slot is not None
             self.backend.copy_slot(twin.slot, sequence.slot, sequence.num_prompt)
-            self._advance(sequence, sequence.request.prompt_logits)
+            self._advance(sequence, HostLogits(sequence.request.prompt_logits[None]), 0)
         if plan.prefill is not None:
             self._prefill(plan.prefill)
         if plan.decode:
@@ -182,11 +185,12 @@ class Engine:
         if plan.last:
             if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
                 sequence.request.prompt_logits = logits[0].copy()
-            self._advance(sequence, logits[0])
+            self._advance(sequence, HostLogits(logits), 0)
 
     def _decode(self, sequences: list[Sequence]) -> None:
         rows = self.scheduler.pool.num_rows
         tokens, lengths, active = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, bool)
+        temperatures = np.zeros(rows, np.float32)
         for idle in self.scheduler.pool.held():
             # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
@@ -199,23 +203,32 @@ class Engine:
             tokens[sequence.slot] = sequence.tokens[-1]
             lengths[sequence.slot] = sequence.num_cached
             active[sequence.slot] = True
-        logits = self.backend.decode(tokens, lengths, active)
+            temperatures[sequence.slot] = self._asks(sequence)
+        logits = self.backend.decode(tokens, lengths, active, temperatures)
         for sequence in sequences:
             slot = sequence.slot
             assert slot is not None
             sequence.num_cached += 1
-            self._advance(sequence, logits[slot])
+            self._advance(sequence, logits, slot)
 
-    def _advance(self, sequence: Sequence, logits: np.ndarray) -> None:
-        """Choose the next token from `logits` [vocab] and find out whether the sequence goes on."""
+    def _asks(self, sequence: Sequence) -> float:
+        """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
+        early = sequence.num_output < sequence.params.min_tokens
+        return WHOLE_ROW if early or self.seq2seq is not None else sequence.asks
+
+    def _advance(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
+        """Choose the next token from row `row` of `logits` and find out whether the sequence goes on."""
         params, info = sequence.params, self.tokenizer.info
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
         early = sequence.num_output < params.min_tokens
         try:
-            masked = [e for e in ends | set(info.eos_token_ids) if e < len(logits)] if early else []
-            if self.seq2seq is not None:
-                logits, masked = self._ruled(sequence, logits, masked)
-            choice = choose(logits, params, sequence.generator, masked or None)
+            choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
+            if choice is None:
+                values = logits.row(row)
+                masked = [e for e in ends | set(info.eos_token_ids) if e < len(values)] if early else []
+                if self.seq2seq is not None:
+                    values, masked = self._ruled(sequence, values, masked)
+                choice = choose(values, params, sequence.generator, masked or None)
         except LlmxError as error:
             self._fail(sequence.request, error)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from llmx.runtime.step_logits import HostLogits, StepLogits
 
 
 class FakeBackend:
@@ -54,7 +55,13 @@ class FakeBackend:
         rows = [self.next_logits(self._written[slot][: start + int(p) + 1]) for p in positions]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
 
-    def decode(self, token_ids: np.ndarray, lengths: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
+    def decode(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        temperatures: np.ndarray | None = None,
+    ) -> StepLogits:
         self.num_decodes += 1
         rows = []
         for slot, (token, length) in enumerate(zip(token_ids, lengths, strict=True)):
@@ -64,7 +71,7 @@ class FakeBackend:
                 continue
             self._write(slot, int(length), int(token))
             rows.append(self.next_logits(self._written[slot]))
-        return np.array(rows)
+        return HostLogits(np.array(rows))
 
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("the fake is decoder-only")

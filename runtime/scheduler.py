@@ -27,6 +27,7 @@ class Sequence:
     detokenizer: Any
     stop: StopChecker
     tokens: list[int]
+    asks: float = -1.0  # what a decode step is told that this sequence needs of its row (`Backend.decode`)
     slot: int | None = None
     num_cached: int = 0
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make

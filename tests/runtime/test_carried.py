@@ -76,7 +76,7 @@ def test_slots_are_copied_and_scored(name: str, package: Callable[[str], Path]) 
         steps = [backend.prefill(1, prompt[i : i + 1], i, np.array([0]))[0].copy() for i in range(30)]
         np.testing.assert_allclose(steps, whole, atol=2e-4)
         tokens, lengths = np.array([5, 0, 5]), np.array([30, 30, 30])
-        logits = backend.decode(tokens, lengths, np.array([True, False, True])).copy()
+        logits = backend.decode(tokens, lengths, np.array([True, False, True])).rows().copy()
         np.testing.assert_array_equal(logits[0], logits[2])
         np.testing.assert_allclose(backend.prefill(1, np.array([5]), 30, np.array([0]))[0], logits[0], atol=2e-4)
         if backend.rewinds:

@@ -1,0 +1,72 @@
+"""What a decode step returns: logits that are copied to the host only as far as someone asks for them.
+
+On a GPU a step's logits stay on the device, and the most likely tokens come with the step; on a CPU there is nothing to
+copy and the rows are all there is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The likeliest tokens of a row: `ids` int64 [k] and their `logits` float32 [k], largest first, lower ids first among
+    equals; every other token's logit is at most the last one's. `log_sum` is log(sum(exp((logit - largest) /
+    temperature))) over the whole vocabulary.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sum: float
+    temperature: float
+
+
+class StepLogits(Protocol):
+    """The rows of one `Backend.decode` call, valid until the backend's next call."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> np.ndarray:
+        """Logits [vocab] of a row. It may be overwritten by the backend's next call."""
+        ...
+
+    def rows(self) -> np.ndarray:
+        """Logits [n, vocab] of all rows."""
+        ...
+
+    def greedy(self, index: int) -> int | None:
+        """A row's most likely token, the lowest id among equals, where it is known without the row, and the row is
+        finite; None: read the row.
+        """
+        ...
+
+    def top(self, index: int) -> TopLogits | None:
+        """A row's likeliest tokens at the temperature that the step was given, where they are known; None: read the row."""
+        ...
+
+
+class HostLogits:
+    """Logits [n, vocab] that are on the host anyway."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self._logits = logits
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def row(self, index: int) -> np.ndarray:
+        logits: np.ndarray = self._logits[index]
+        return logits
+
+    def rows(self) -> np.ndarray:
+        return self._logits
+
+    def greedy(self, index: int) -> int | None:
+        return None
+
+    def top(self, index: int) -> TopLogits | None:
+        return None
