@@ -31,6 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	mkdir -p build/types/llmx && for p in export runtime cli; do ln -sfn ../../../$$p build/types/llmx/$$p; done
 	$(BIN)/mypy -p llmx.runtime -p llmx.export -p llmx.cli
+	$(BIN)/python benchmarks/page.py --check
 
 # Every architecture that transformers has: docs/coverage.md. Resumable; `sweep.py --again TYPE …` runs some once more.
 coverage: setup
@@ -41,10 +42,13 @@ code-coverage: setup
 
 # The peers' environments (llama.cpp compiles for some minutes), then every benchmark on the 135M shape.
 bench: setup
-	test -d .peers || $(BIN)/python benchmarks/peers.py setup
-	$(BIN)/python benchmarks/decode.py --shape smollm2-135m
+	$(BIN)/python benchmarks/peers.py setup
+	for dtype in fp32 int8 int4; do $(BIN)/python benchmarks/decode.py --shape smollm2-135m --dtype $$dtype || exit 1; done
+	$(BIN)/python benchmarks/coldstart.py --shape smollm2-135m --dtype int4
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/export.py --shape smollm2-135m
 	$(BIN)/python benchmarks/memory.py --shape smollm2-135m
+	$(BIN)/python benchmarks/page.py
 
 docs: setup
 	$(BIN)/python -m pip install --quiet mkdocs-material

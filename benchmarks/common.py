@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import struct
 import subprocess
@@ -22,6 +23,7 @@ RESULTS = HERE / "results"
 WORK = ROOT / "artifacts" / "bench"  # ignored by git
 PEERS = ROOT / ".peers"
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
+DTYPES = ("fp32", "fp16", "bf16", "int8", "int4")
 _TOLD = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "OPENBLAS_CORETYPE", "GGML_N_THREADS")
 
 
@@ -33,11 +35,11 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = ("fp32", "fp16", "bf16")) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...] = DTYPES) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shape", default="smollm2-135m", help="a shape of checkpoints.py [default: smollm2-135m]")
     which.add_argument("--checkpoint", type=Path, help="a checkpoint folder instead of --shape")
-    parser.add_argument("--dtype", choices=dtypes, default="fp32", help="of llmx's package [default: fp32]")
+    parser.add_argument("--dtype", choices=dtypes, default="fp32", help="weights of llmx's package [default: fp32]")
     parser.add_argument("--work", type=Path, default=WORK, help="where models are made [default: artifacts/bench]")
     parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/…]")
 
@@ -113,6 +115,9 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     flags = set(facts.get("flags", "").split())
+    gpus = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    ).stdout.split("\n")[:-1] if shutil.which("nvidia-smi") else []  # fmt: skip
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
@@ -122,6 +127,7 @@ def machine() -> dict[str, Any]:
         "cpu_family_model": f"{facts.get('cpu family', '?')}/{facts.get('model', '?')}",
         "cpu_features": sorted(flags & {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"}),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **({"gpu": ", ".join(gpus)} if gpus else {}),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": [round(load, 2) for load in os.getloadavg()],

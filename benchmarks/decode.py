@@ -3,6 +3,7 @@
 Examples:
     python benchmarks/decode.py --shape smollm2-135m
     python benchmarks/decode.py --shape llama-1b --repeats 3 --peers llama.cpp-f32
+    python benchmarks/decode.py --shape llama-1b --dtype int4
     python benchmarks/decode.py --checkpoint ./my-llama --peers llama.cpp-q8_0,llama.cpp-q4_0,onnxruntime-genai-int4
 
 Prefill: the prompt's tokens over the time to the first token. Decode: steps over their time, from the prompt's end on.
@@ -131,7 +132,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_model_arguments(parser)
     add_peers_argument(parser)
-    parser.add_argument("--peers", default=DEFAULT, help=f"engines, by commas [default: {DEFAULT}]")
+    parser.add_argument("--peers", help="engines, by commas [default: those of peers.DEFAULT for --dtype]")
     parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt [default: 512]")
     parser.add_argument("--tokens", type=positive, default=128, help="decode steps [default: 128]")
     parser.add_argument("--threads", type=positive, default=2, help="of every engine [default: 2]")
@@ -143,7 +144,8 @@ def main() -> None:
     started = machine()
     checkpoint = checkpoint_for(args)
     subject = "llmx"
-    names = list(dict.fromkeys([subject, *(name for name in args.peers.split(",") if name)]))
+    wanted_peers = DEFAULT[args.dtype] if args.peers is None else args.peers
+    names = list(dict.fromkeys([subject, *(name for name in wanted_peers.split(",") if name)]))
     peers = [parse_peer(name, args.dtype) for name in names]
     models = {p.name: model_for(p, checkpoint, args.work, args.peers_dir, args.rebuild) for p in peers}
     config = json.loads((checkpoint / "config.json").read_text())

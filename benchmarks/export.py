@@ -161,7 +161,7 @@ def report(name: str, dtype: str, results: dict[str, Any], weights: int) -> None
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_model_arguments(parser)
+    add_model_arguments(parser, tuple(ITEMSIZE))
     add_peers_argument(parser)
     parser.add_argument("--repeats", type=positive, default=3, help="exports by each exporter [default: 3]")
     parser.add_argument("--no-peer", action="store_true", help="measure llmx alone")

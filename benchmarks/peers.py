@@ -4,8 +4,8 @@ Examples:
     python benchmarks/peers.py setup                         # venvs in .peers/; llama.cpp builds for some minutes
     python benchmarks/peers.py check --shape smollm2-135m    # do all engines compute the same model?
 
-An engine is named with its weights: llama.cpp-f32, llama.cpp-q8_0, llama.cpp-q4_0, onnxruntime-genai,
-onnxruntime-genai-int4, transformers, transformers-bf16, llmx.
+An engine is named with its weights: llama.cpp-f32, llama.cpp-q8_0, llama.cpp-q4_0, onnxruntime-genai-int4,
+openvino-genai-int8, transformers-bf16, transformers-compiled, transformers.exporters, llmx-int4. Without: --dtype's.
 """
 
 from __future__ import annotations
@@ -41,18 +41,35 @@ from common import (
     short_error,
 )
 
-DEFAULT = "llama.cpp-f32,onnxruntime-genai,transformers"
+#: Engines beside which each of llmx's weights is measured where none are named.
+DEFAULT = {
+    "fp32": "llama.cpp-f32,onnxruntime-genai,openvino-genai,transformers,transformers-compiled,transformers.exporters",
+    "fp16": "transformers-fp32,onnxruntime-genai-fp32",
+    "bf16": "transformers,transformers-compiled,openvino-genai",
+    "int8": "llama.cpp-q8_0,openvino-genai,llmx-fp32",
+    "int4": "llama.cpp-q4_0,onnxruntime-genai,openvino-genai,llmx-fp32",
+}
 PACKAGES = {
     "llama": ["numpy", "gguf==0.19.0", "llama-cpp-python==0.3.36"],
     "genai": ["torch==2.13.0", "transformers==5.23.0", "onnxruntime==1.32.0", "onnx-ir", "onnxruntime-genai==0.18.0"],
-}
-VENV = {"llama.cpp": "llama", "onnxruntime-genai": "genai"}  # llmx and transformers run where the benchmark does
+    "openvino": [
+        "torch==2.13.0", "torchvision==0.28.0", "openvino==2026.4.1", "openvino-genai==2026.4.1.0",
+        "openvino-tokenizers==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
+    ],
+}  # fmt: skip
+#: Where each engine is installed; those not named run where the benchmark does.
+VENV = {"llama.cpp": "llama", "onnxruntime-genai": "genai", "openvino-genai": "openvino"}
+#: Engines and the weights they can be given, the longest names first.
 KINDS = {
-    "llmx": ("fp32", "fp16", "bf16"),
+    "llmx": ("fp32", "fp16", "bf16", "int8", "int4"),
     "llama.cpp": ("f32", "q8_0", "q4_0"),
     "onnxruntime-genai": ("fp32", "fp16", "int4"),
+    "openvino-genai": ("fp32", "bf16", "int8", "int4"),
+    "transformers.exporters": ("fp32",),
+    "transformers-compiled": ("fp32", "fp16", "bf16"),
     "transformers": ("fp32", "fp16", "bf16"),
 }
+GGUF_KIND = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +82,10 @@ class Peer:
 
 
 def parse_peer(name: str, dtype: str = "fp32") -> Peer:
-    """`llama.cpp-q8_0` → engine and kind; without a kind, `dtype` (llama.cpp: f32)."""
+    """`llama.cpp-q8_0` → engine and kind; without a kind, `dtype` (llama.cpp: what comes next to it)."""
     for engine, kinds in KINDS.items():
         if name == engine or name.startswith(engine + "-"):
-            kind = name[len(engine) + 1 :].lower() or ("f32" if engine == "llama.cpp" else dtype)
+            kind = name[len(engine) + 1 :].lower() or (GGUF_KIND.get(dtype, "f32") if engine == "llama.cpp" else dtype)
             if kind not in kinds:
                 fail(f"{engine} is measured with {', '.join(kinds)}, not with {kind}.")
             return Peer(name, engine, kind)
@@ -88,7 +105,8 @@ def python_of(engine: str, peers: Path) -> str:
 def llmx_export(checkpoint: Path, output: Path, dtype: str) -> list[str]:
     """The command line of `llmx export`."""
     command = [sys.executable, "-m", "llmx.cli", "export", "--model", str(checkpoint), "--output", str(output)]
-    return [*command, "--dtype", dtype, "--no-verify"]
+    weights = ["--quantize", dtype] if dtype.startswith("int") else ["--dtype", dtype]
+    return [*command, *weights, "--no-verify"]
 
 
 def genai_builder(checkpoint: Path, output: Path, peers: Path, precision: str = "fp32") -> list[str]:
@@ -98,6 +116,14 @@ def genai_builder(checkpoint: Path, output: Path, peers: Path, precision: str = 
     return [*command, "-o", str(output), "-p", precision, "-e", "cpu", "-c", str(cache)]
 
 
+def openvino_export(checkpoint: Path, output: Path, peers: Path, kind: str) -> list[str]:
+    """The command line of optimum-intel, which makes what openvino-genai reads. int4: groups of 32, all layers."""
+    optimum = python_of("openvino-genai", peers).replace("bin/python", "bin/optimum-cli")
+    command = [optimum, "export", "openvino", "--model", str(checkpoint), "--task", "text-generation-with-past"]
+    whole = ["--group-size", "32", "--ratio", "1.0"] if kind == "int4" else []
+    return [*command, "--weight-format", "fp32" if kind == "bf16" else kind, *whole, str(output)]
+
+
 def model_for(peer: Peer, checkpoint: Path, work: Path, peers: Path, rebuild: bool = False) -> Path:
     """What the engine reads, made from `checkpoint` once: GGUF, a genai folder, a package; transformers reads it as is.
 
@@ -105,7 +131,7 @@ def model_for(peer: Peer, checkpoint: Path, work: Path, peers: Path, rebuild: bo
     """
     work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if peer.engine == "transformers":
+    if peer.engine in ("transformers", "transformers-compiled"):
         return checkpoint
     facts = {"checkpoint": _checkpoint_facts(checkpoint), "kind": peer.kind}
     python = python_of(peer.engine, peers)
@@ -122,6 +148,11 @@ def model_for(peer: Peer, checkpoint: Path, work: Path, peers: Path, rebuild: bo
         installed = (peers / VENV[peer.engine]).glob("lib/python*/site-packages/onnxruntime_genai-*.dist-info")
         facts["builder"] = ",".join(path.name for path in installed)
         return _made(target, facts, rebuild, lambda partial: genai_builder(checkpoint, partial, peers, peer.kind))
+    if peer.engine == "openvino-genai":
+        return _made(target, facts, rebuild, lambda partial: openvino_export(checkpoint, partial, peers, peer.kind))
+    if peer.engine == "transformers.exporters":
+        command = [python, str(HERE / "exporters_export.py"), str(checkpoint)]
+        return _made(target, facts, rebuild, lambda partial: [*command, str(partial)])
     facts["exporter"] = _hash([*(ROOT / "export").rglob("*.py"), ROOT / "runtime" / "manifest.py"])
     return _made(target, facts, rebuild, lambda partial: llmx_export(checkpoint, partial, peer.kind))
 
@@ -157,9 +188,19 @@ def _hash(files: list[Path]) -> str:
 class Worker:
     """An engine's process. Stopped (SIGSTOP) between requests, so that no thread of it spins while another is measured."""
 
-    def __init__(self, peer: Peer, model: Path, threads: int, context: int, work: Path, peers: Path) -> None:
+    def __init__(
+        self,
+        peer: Peer,
+        model: Path,
+        threads: int,
+        context: int,
+        work: Path,
+        peers: Path,
+        one_setting: bool = False,
+    ) -> None:
+        """`one_setting`: the engine tries no settings of its own against each other at its first run."""
         options = {"engine": peer.engine, "model": str(model), "threads": threads, "context": context}
-        options |= {"dtype": peer.kind, "cache": str(work.resolve() / "cache")}
+        options |= {"one_setting": one_setting, "dtype": peer.kind, "cache": str(work.resolve() / "cache")}
         command = [python_of(peer.engine, peers), str(HERE / "worker.py"), json.dumps(options)]
         self.peer = peer
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
@@ -204,11 +245,14 @@ class Worker:
 
 
 def setup(args: argparse.Namespace) -> None:
-    """A venv for each peer that needs its own."""
+    """A venv for each peer that needs its own; those that are there stay."""
     args.peers_dir.mkdir(parents=True, exist_ok=True)
     (args.peers_dir / ".gitignore").write_text("*\n")
     for name, packages in PACKAGES.items():
         folder = args.peers_dir / name
+        stamp = folder / "packages.txt"
+        if stamp.is_file() and stamp.read_text().split() == packages:
+            continue
         print(f"{folder}: {' '.join(packages)}")
         run_quietly([sys.executable, "-m", "venv", str(folder)], f"Making {folder}")
         environment = {**os.environ, "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=on")}
@@ -216,6 +260,7 @@ def setup(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         if subprocess.run(command, env=environment, check=False).returncode:
             fail(f"pip could not install {', '.join(packages)} into {folder}; its message is above.")
+        stamp.write_text("\n".join(packages) + "\n")
         print(f"{folder} is ready ({time.perf_counter() - start:.0f} s).")
 
 
