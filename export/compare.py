@@ -178,7 +178,7 @@ def _generate(llm: LLM, paths: list[ReferencePath], steps: int, tolerance: float
     follows its own text, so agreement counts the tokens before it.
     """
     prompts = [path.tokens[: path.prompt_length].tolist() for path in paths]
-    params = SamplingParams(max_tokens=steps, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=steps, ignore_eos=True).resolved({})  # greedy, whatever the package's defaults
     agreed, identical, first, within = 0, 0, None, True
     for row, (path, out) in enumerate(zip(paths, llm.generate(prompts, params), strict=True)):
         want, got = path.tokens[path.prompt_length :], np.array(out.outputs[0].token_ids)

@@ -164,10 +164,17 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
     return []
 
 
+_NOT_APPLIED = (
+    "suppress_tokens", "sequence_bias", "min_new_tokens", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "top_h",
+)  # fmt: skip
+
+
 def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     """(SamplingParams fields that the checkpoint sets, names of settings that llmx does not apply).
 
-    As in transformers, sampling settings count only where `do_sample` is set; else the default is greedy.
+    As in transformers, sampling settings count only where `do_sample` is set; else the default is greedy. Penalties and
+    bans count always.
     """
     config = generation_config(checkpoint)
     defaults: dict[str, Any] = {"temperature": 0.0}
@@ -175,23 +182,23 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
         defaults["temperature"] = 1.0 if config.temperature is None else float(config.temperature)
         # transformers samples from the 50 best tokens unless told otherwise
         defaults["top_k"] = 50 if config.top_k is None else int(config.top_k)
-        for name in ("top_p", "min_p"):
+        for name in ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             value = getattr(config, name, None)
             if value is not None:
                 defaults[name] = float(value)
     if config.max_new_tokens:
         defaults["max_tokens"] = int(config.max_new_tokens)
-    neutral = {
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "typical_p": 1.0,
-        "num_beams": 1,
-        "bad_words_ids": None,
-        "suppress_tokens": None,
-    }
-    if checkpoint.task == "seq2seq":  # honoured there, but for words of several tokens
+    if config.repetition_penalty not in (None, 1.0):
+        defaults["repetition_penalty"] = float(config.repetition_penalty)
+    if config.no_repeat_ngram_size:
+        defaults["no_repeat_ngram_size"] = int(config.no_repeat_ngram_size)
+    words = [[int(token) for token in word] for word in config.bad_words_ids or []]
+    if checkpoint.task == "seq2seq":  # single words are suppressed tokens there
+        words = [word for word in words if len(word) > 1]
+    if words:
+        defaults["bad_words_ids"] = words
+    neutral: dict[str, Any] = {"num_beams": 1, **dict.fromkeys(_NOT_APPLIED)}
+    if checkpoint.task == "seq2seq":
         del neutral["suppress_tokens"]
-        if all(len(words) == 1 for words in config.bad_words_ids or []):
-            del neutral["bad_words_ids"]
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]
     return defaults, ignored

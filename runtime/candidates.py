@@ -8,32 +8,23 @@ row (`llmx.runtime.sampling.choose`), one random number a token either way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import numpy as np
 from llmx.runtime.errors import LlmxError
+from llmx.runtime.filters import Candidates
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Candidates, Choice, draw
+from llmx.runtime.sampling import Choice, draw, needs_full_row
 from llmx.runtime.step_logits import StepLogits, TopLogits
 
 NUM_TOP = 64
 WHOLE_ROW = -1.0
-
-#: Fields that need no more than the top of a row. Any other field that is set (a penalty, a bias) reads the whole row.
-_ENOUGH = frozenset(
-    (
-        "n", "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "stop_token_ids",
-        "ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "prompt_logprobs",
-    )
-)  # fmt: skip
-_OTHERS = tuple((field.name, field.default) for field in fields(SamplingParams) if field.name not in _ENOUGH)
 
 
 def asked(params: SamplingParams) -> float:
     """What `Backend.decode` is told of a row with (resolved) `params`: 0 for its greedy token, its temperature for its
     top, or WHOLE_ROW.
     """
-    if any(getattr(params, name) != default for name, default in _OTHERS):
+    if needs_full_row(params) or params.logprobs is not None:
         return WHOLE_ROW
     if params.temperature == 0.0:
         return 0.0
@@ -64,7 +55,7 @@ def choose_from_step(
 
 
 def narrowed(top: TopLogits, params: SamplingParams) -> Candidates | None:
-    """What `llmx.runtime.sampling.filtered` leaves of the whole row, or None where that is not all in `top`.
+    """What `llmx.runtime.filters.filtered` leaves of the whole row, or None where that is not all in `top`.
 
     A token as likely as the last of `top` may have equals outside, so whatever keeps one of those is not in `top`.
     """
@@ -72,19 +63,20 @@ def narrowed(top: TopLogits, params: SamplingParams) -> Candidates | None:
     log_sum = top.log_sum
     count = len(logits)
     sure = int(np.count_nonzero(logits > logits[-1]))  # tokens that are certain to have all their equals in `top`
-    if (params.top_k or 0) > 0:
+    if params.min_p:
+        count = int(np.count_nonzero(np.exp(logits) >= np.float32(params.min_p)))
+    if 0 < (params.top_k or 0) <= count:
         assert params.top_k is not None
-        if params.top_k > sure:
-            return None
         count = int(np.count_nonzero(logits >= logits[params.top_k - 1]))
+    if params.min_p or (params.top_k or 0) > 0:
+        if count > sure:
+            return None
         log_sum = float(np.log(np.exp(logits[:count]).sum(dtype=np.float64)))
     p = 1.0 if params.top_p is None else params.top_p
     if p < 1.0:
         probs = np.exp(logits[:count].astype(np.float64) - log_sum)
         above = np.concatenate(([0.0], np.cumsum(probs)[:-1]))
         count = max(int(np.count_nonzero((1.0 - above).astype(np.float32) > np.float32(1.0 - p))), 1)
-    if params.min_p:
-        count = min(count, int(np.count_nonzero(np.exp(logits) >= np.float32(params.min_p))))
     if count > sure:
         return None
     order = np.argsort(top.ids[:count])

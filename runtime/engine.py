@@ -11,10 +11,12 @@ import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
+from llmx.runtime.history import History
 from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Choice, choose, make_generator, with_logprobs
+from llmx.runtime.rules import make_rules
+from llmx.runtime.sampling import Choice, choose, make_generator, needs_full_row, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
 from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.stopping import StopChecker
@@ -51,9 +53,8 @@ class Engine:
     ) -> Request:
         """Queue a request (`params` resolved); `source` (checked) goes to an encoder-decoder's encoder. Raises RequestError or ContextLengthError at once where it cannot run."""
         self.check_ids(prompt_ids)
-        vocab, longest = self.backend.vocab_size, self.backend.max_length
-        if max(params.stop_token_ids, default=0) >= vocab:
-            raise RequestError(f"stop_token_ids must lie between 0 and {vocab - 1}.")
+        longest = self.backend.max_length
+        rules = make_rules(params, self.tokenizer, self.backend.vocab_size, self.seq2seq)
         if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
@@ -71,7 +72,7 @@ class Engine:
                     make_generator(seed),
                     IncrementalDetokenizer(self.tokenizer, context, params.skip_special_tokens),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
-                    list(prompt_ids),
+                    History(prompt_ids, rules),
                     asks=asked(params),
                 )
             )
@@ -213,8 +214,7 @@ class Engine:
 
     def _asks(self, sequence: Sequence) -> float:
         """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
-        early = sequence.num_output < sequence.params.min_tokens
-        return WHOLE_ROW if early or self.seq2seq is not None else sequence.asks
+        return WHOLE_ROW if needs_full_row(sequence.params, sequence.history) else sequence.asks
 
     def _advance(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
         """Choose the next token from row `row` of `logits` and find out whether the sequence goes on."""
@@ -224,16 +224,12 @@ class Engine:
         try:
             choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
             if choice is None:
-                values = logits.row(row)
-                masked = [e for e in ends | set(info.eos_token_ids) if e < len(values)] if early else []
-                if self.seq2seq is not None:
-                    values, masked = self._ruled(sequence, values, masked)
-                choice = choose(values, params, sequence.generator, masked or None)
+                choice = choose(logits.row(row), params, sequence.generator, sequence.history)
         except LlmxError as error:
             self._fail(sequence.request, error)
             return
         self._count(sequence)
-        sequence.tokens.append(choice.token)
+        sequence.history.append(choice.token)
         logprobs = self._note_logprobs(sequence, choice)
         if choice.token in ends:
             reason = choice.token if choice.token in params.stop_token_ids else None
@@ -248,20 +244,6 @@ class Engine:
             self._finish(sequence, "length", None, shown, logprobs)
         else:
             self._emit(sequence, shown, [choice.token], logprobs)
-
-    def _ruled(self, sequence: Sequence, logits: np.ndarray, masked: list[int]) -> tuple[np.ndarray, list[int]]:
-        """An encoder-decoder's own rules: what it may not say, and the token that an output cut at its longest ends with."""
-        assert self.seq2seq is not None
-        masked = masked + self.seq2seq.suppress_tokens
-        if sequence.num_output == 0:
-            masked += self.seq2seq.begin_suppress_tokens
-        last = sequence.num_output + 1 >= (sequence.params.max_tokens or 0) and not sequence.params.ignore_eos
-        end = self.seq2seq.forced_eos_token_id
-        if last and end is not None:
-            only = np.full_like(logits, -np.inf)
-            only[end] = 0
-            return only, []
-        return logits, masked
 
     def _count(self, sequence: Sequence) -> None:
         metrics, now = sequence.request.metrics, time.perf_counter()

@@ -15,6 +15,7 @@ DEFAULT_MAX_TOKENS = 256
 MAX_COUNT = 2**31 - 1
 MAX_LOGPROBS = 1024
 MAX_STOPS = 256
+MAX_WORDS = 4096
 
 _GREEDY: dict[str, Any] = {
     "temperature": 0.0,
@@ -22,15 +23,25 @@ _GREEDY: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "max_tokens": DEFAULT_MAX_TOKENS,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_n_sigma": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": (),
 }
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. Names and meanings are vLLM's.
+    """How to continue a prompt. Names and meanings are vLLM's, else transformers'; docs/sampling.md has each exactly.
 
     None means "not given": the package's generation defaults apply, else greedy decoding with `max_tokens` 256.
-    Sequences are stored as tuples, numbers as int and float, so an instance cannot change after it was checked.
+    Sequences are stored as tuples (`logit_bias` as pairs), numbers as int and float, so an instance cannot change after
+    it was checked.
 
     Args:
         n: completions per prompt (they share the prompt's prefill).
@@ -48,6 +59,18 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the matched stop string.
         prompt_logprobs: report this many most likely tokens, and the given one, at each prompt token but the first.
+        typical_p: keep the tokens whose surprise is closest to the distribution's entropy, up to this probability.
+        epsilon_cutoff: drop tokens less likely than this; 0 keeps all.
+        eta_cutoff: the same with a cut-off that falls with the entropy; 0 keeps all.
+        top_n_sigma: drop logits more than this many standard deviations below the largest; 0 keeps all.
+        repetition_penalty: above 1 makes tokens of prompt and output less likely, below 1 more.
+        presence_penalty: subtracted from the logits of tokens that are in the output.
+        frequency_penalty: subtracted as often as a token is in the output.
+        no_repeat_ngram_size: no run of this many tokens comes twice, prompt included; 0 allows all.
+        logit_bias: token id -> number added to its logit.
+        allowed_token_ids: nothing else may come (not even an end token).
+        bad_words: strings whose tokens may not come in the output.
+        bad_words_ids: lists of token ids that may not come, not even begun by the prompt (transformers').
 
     Raises RequestError (a ValueError) naming the field and its range.
     """
@@ -67,13 +90,24 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_logprobs: int | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    top_n_sigma: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    bad_words_ids: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, 256))
         self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_COUNT))
-        self._set("temperature", _number("temperature", self.temperature, 0.0, 100.0))
-        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0, open_low=True))
-        self._set("min_p", _number("min_p", self.min_p, 0.0, 1.0))
+        for name, start, end, open_low in _NUMBERS:
+            self._set(name, _number(name, getattr(self, name), start, end, open_low))
         for name, low, high in _OPTIONAL_INTEGERS:
             value = getattr(self, name)
             self._set(name, None if value is None else _integer(name, value, low, high))
@@ -81,7 +115,15 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, and is {_show(getattr(self, name))}.")
         self._set("stop", _stop(self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOPS))
+        self._set("logit_bias", _bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_COUNT))
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids must list at least one token id, or be left out.")
+        self._set("bad_words", _words(self.bad_words))
+        if self.bad_words_ids is not None:
+            self._set("bad_words_ids", _word_ids(self.bad_words_ids))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
 
@@ -105,12 +147,25 @@ class SamplingParams:
         return replace(self, **{k: v for k, v in {**_GREEDY, **given}.items() if getattr(self, k) is None})
 
 
+_NUMBERS = (
+    ("temperature", 0.0, 100.0, False),
+    ("top_p", 0.0, 1.0, True),
+    ("min_p", 0.0, 1.0, False),
+    ("typical_p", 0.0, 1.0, True),
+    ("epsilon_cutoff", 0.0, 1.0, False),
+    ("eta_cutoff", 0.0, 1.0, False),
+    ("top_n_sigma", 0.0, 1000.0, False),
+    ("repetition_penalty", 0.0, 100.0, True),
+    ("presence_penalty", -2.0, 2.0, False),
+    ("frequency_penalty", -2.0, 2.0, False),
+)
 _OPTIONAL_INTEGERS = (
     ("max_tokens", 1, MAX_COUNT),
     ("top_k", -1, MAX_COUNT),
     ("seed", 0, 2**64 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("no_repeat_ngram_size", 0, MAX_COUNT),
 )
 
 
@@ -151,13 +206,49 @@ def _stop(value: Any) -> str | tuple[str, ...] | None:
     )
 
 
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+def _items(name: str, value: Any, what: str, most: int) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name} must be a list of token ids, and is {_show(value)}.")
-    ids = tuple(value)
-    if len(ids) > MAX_STOPS:
-        raise RequestError(f"{name} must list at most {MAX_STOPS} token ids, and lists {len(ids)}.")
-    return tuple(_integer(f"each of {name}", token, 0, MAX_COUNT) for token in ids)
+        raise RequestError(f"{name} must be a list of {what}, and is {_show(value)}.")
+    items = tuple(value)
+    if len(items) > most:
+        raise RequestError(f"{name} must list at most {most} {what}, and lists {len(items)}.")
+    return items
+
+
+def _token_ids(name: str, value: Any, most: int) -> tuple[int, ...]:
+    return tuple(_integer(f"each of {name}", token, 0, MAX_COUNT) for token in _items(name, value, "token ids", most))
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = _items("bad_words", value, "strings", MAX_WORDS)
+    for word in words:
+        if not isinstance(word, str) or not word.strip():
+            raise RequestError(f"each of bad_words must be a string that is not blank, and is {_show(word)}.")
+    return words
+
+
+def _word_ids(value: Any) -> tuple[tuple[int, ...], ...]:
+    words = _items("bad_words_ids", value, "lists of token ids", MAX_WORDS)
+    ids = tuple(_token_ids("each list of bad_words_ids", word, MAX_WORDS) for word in words)
+    if not all(ids):
+        raise RequestError("each of bad_words_ids must list at least one token id.")
+    return ids
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """(token, bias) pairs, ascending. Keys may be decimal strings, as JSON has them."""
+    try:
+        pairs = list(value.items()) if isinstance(value, Mapping) else [(token, bias) for token, bias in value or ()]
+    except (TypeError, ValueError):
+        raise RequestError(f"logit_bias must map token ids to numbers, and is {_show(value)}.") from None
+    found: dict[int, float] = {}
+    for token, bias in pairs:
+        key = int(token) if isinstance(token, str) and token.isascii() and token.isdigit() else token
+        number = _number("each value of logit_bias", bias, -100.0, 100.0)
+        if number is None:
+            raise RequestError("each value of logit_bias must be a number from -100 to 100, and is None.")
+        found[_integer("each key of logit_bias", key, 0, MAX_COUNT)] = number
+    return tuple(sorted(found.items()))
 
 
 def _show(value: Any) -> str:

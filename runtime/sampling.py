@@ -1,14 +1,8 @@
-"""From logits to tokens: pure functions of one row, and `sample` over the rows of a batch.
+"""From logits to tokens: what one row may draw from, the draw, and `sample` over the rows of a batch.
 
-Semantics and order are those of transformers' warpers as `generate` chains them: temperature, top-k, top-p, min-p.
-(vLLM differs in one point: it applies min-p before top-k and top-p.) Each row is computed alone and draws from its own
-generator, so a request gets the same tokens, bit for bit, whatever shares its batch.
-
-Rows are narrowed to candidates early: `Candidates` holds token ids and logits of what is still possible, so that a
-top-k of 50 never sorts a vocabulary of 128k.
-
-Sources: top-k, Fan et al. 2018 (arXiv:1805.04833); top-p, Holtzman et al. 2019 (arXiv:1904.09751); min-p, Nguyen et
-al. 2024 (arXiv:2407.01082).
+Pure functions, composed from `processors` (bans, bias, penalties) and `filters` (temperature, top-k …). Each row is
+computed alone and draws from its own generator, so a request gets the same tokens, bit for bit, whatever shares its
+batch.
 """
 
 from __future__ import annotations
@@ -17,23 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from llmx.runtime.errors import LlmxError
+from llmx.runtime.errors import LlmxError, RequestError
+from llmx.runtime.filters import Candidates, all_of, filtered
+from llmx.runtime.history import History
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.processors import has_penalties, processed
 
-_FIRST_CUT = 512  # candidates that top-p sorts before it pays for sorting them all
 _BLOCK = 1024  # probabilities summed at a time when drawing
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What is still possible: `ids` int64 [k], ascending, and `logits` float32 [k], at least one of them finite."""
-
-    ids: np.ndarray
-    logits: np.ndarray
-
-    def take(self, kept: np.ndarray) -> Candidates:
-        """Those at the places `kept`, int64 [m], ascending."""
-        return Candidates(self.ids[kept], self.logits[kept])
+_NO_HISTORY = History()
 
 
 @dataclass(frozen=True)
@@ -58,78 +43,66 @@ def make_generator(seed: int | None) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(seed))
 
 
-def apply_temperature(row: np.ndarray, temperature: float) -> np.ndarray:
-    """float32 [vocab] / `temperature` > 0. transformers: TemperatureLogitsWarper.
+def distribution(row: np.ndarray, params: SamplingParams, history: History | None = None) -> Candidates:
+    """What the next token is drawn from: the softmax of the candidates' logits. Temperature 0 leaves one candidate.
 
-    Where the quotient leaves float32 (a temperature close to 0), the maximum is moved to 0 first: same distribution.
+    `row` is one row of logits [vocab] (float32, or float16 and bfloat16, which are widened) and stays as it is; `params`
+    are resolved; `history` holds the tokens so far and the request's rules. At temperature 0 the most likely token is
+    taken, the lowest id among equals as torch.argmax on a CPU. Raises LlmxError where the logits are NaN or infinite,
+    RequestError where the rules leave no token.
     """
-    if temperature == 1.0:
-        return row
-    scale = np.float32(temperature)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        scaled = row / scale
-        if not np.isfinite(scaled.max()):
-            scaled = row - row.max()
-            scaled[scaled < 0] /= scale  # 0 / 0 would be NaN where float32 rounds the temperature to 0
-    return scaled
+    history = _NO_HISTORY if history is None else history
+    row = np.ascontiguousarray(row, dtype=np.float32)
+    best = int(row.argmax())  # NaN counts as the largest
+    if not np.isfinite(row[best]):
+        raise LlmxError(_BAD_LOGITS)
+    rules = history.rules
+    if rules.forced_last is not None and history.num_output + 1 >= (params.max_tokens or 0):
+        return Candidates(np.array([rules.forced_last]), np.zeros(1, np.float32))
+    values = processed(row, params, history)
+    c = all_of(values) if rules.allowed is None else Candidates(rules.allowed, values[rules.allowed])
+    if c.logits is not row:
+        best = int(c.logits.argmax())
+        if not np.isfinite(c.logits[best]):
+            raise RequestError(_NOTHING_LEFT)
+    if params.temperature == 0.0:
+        return Candidates(c.ids[best : best + 1], c.logits[best : best + 1])
+    return filtered(c, params)
 
 
-def keep_top_k(c: Candidates, k: int) -> Candidates:
-    """The k largest and all ties with the k-th; all where `k` <= 0. transformers: TopKLogitsWarper."""
-    if k <= 0 or k >= len(c.logits):
-        return c
-    threshold = np.partition(c.logits, -k)[-k]
-    return c.take(np.flatnonzero(c.logits >= threshold))
+_BAD_LOGITS = (
+    "The model returned NaN or infinite logits; export it with a wider dtype (bf16 or fp32) and verify the package."
+)
+_NOTHING_LEFT = (
+    "No token is left to choose: all are masked by allowed_token_ids, bad_words, no_repeat_ngram_size, min_tokens or "
+    "structured_outputs together; loosen one of them."
+)
 
 
-def keep_top_p(c: Candidates, p: float) -> Candidates:
-    """The most likely tokens up to and with the one whose probability brings their sum to `p`; all where `p` >= 1.
+def needs_full_row(params: SamplingParams, history: History | None = None) -> bool:
+    """Whether `distribution` must see every logit, rather than the largest and their log-sum-exp.
 
-    transformers: TopPLogitsWarper, which drops a token where its probability and that of all less likely ones add up to
-    at most 1 - p, compared in float32, and always keeps one. Of equal logits it drops any; here the higher ids.
+    False leaves temperature, top-k, top-p and min-p. Without `history` the question is about `params` alone, once
+    min_tokens are there; with it, about its next token and its rules.
     """
-    if p >= 1.0:
-        return c
-    weights = np.exp(c.logits - c.logits.max())
-    probs = weights / np.float32(weights.sum(dtype=np.float64))
-    total = float(probs.sum(dtype=np.float64))
-    if len(probs) > 4 * _FIRST_CUT:
-        floor = np.partition(c.logits, -_FIRST_CUT)[-_FIRST_CUT]
-        head = np.flatnonzero(c.logits >= floor)  # ties included: the rest is less likely than all of these
-        kept = _top_p_places(c.logits[head], probs[head], total, p)
-        if len(kept) < len(head):
-            return c.take(head[kept])
-    return c.take(_top_p_places(c.logits, probs, total, p))
-
-
-def _top_p_places(logits: np.ndarray, probs: np.ndarray, total: float, p: float) -> np.ndarray:
-    """Places, ascending, that top-p keeps of `logits` [k], the likeliest tokens of a row whose `probs` sum to `total`.
-
-    Where fewer than k are kept the answer is that for the whole row: the first token dropped has nothing but less
-    likely ones below it. `total` is 1 but for rounding, which decides where equal tokens reach p exactly.
-    """
-    above = np.concatenate(([0.0], np.cumsum(np.sort(probs)[:0:-1], dtype=np.float64)))
-    count = max(int(np.count_nonzero((total - above).astype(np.float32) > np.float32(1.0 - p))), 1)
-    last = np.partition(logits, -count)[-count]
-    equal = np.flatnonzero(logits == last)
-    more = np.flatnonzero(logits > last)
-    return np.sort(np.concatenate((more, equal[: count - len(more)])))
-
-
-def keep_min_p(c: Candidates, min_p: float) -> Candidates:
-    """Tokens at least `min_p` times as likely as the most likely one. transformers: MinPLogitsWarper."""
-    if min_p <= 0.0:
-        return c
-    weights = np.exp(c.logits - c.logits.max())
-    return c.take(np.flatnonzero(weights >= np.float32(min_p)))
-
-
-def filtered(row: np.ndarray, params: SamplingParams) -> Candidates:
-    """The candidates that `params` (resolved, temperature > 0) leaves of float32 [vocab] logits, scaled."""
-    row = apply_temperature(row, params.temperature or 1.0)
-    candidates = keep_top_k(Candidates(np.arange(len(row)), row), params.top_k or 0)
-    candidates = keep_top_p(candidates, 1.0 if params.top_p is None else params.top_p)
-    return keep_min_p(candidates, params.min_p or 0.0)
+    if (
+        has_penalties(params)
+        or params.no_repeat_ngram_size
+        or params.epsilon_cutoff
+        or params.eta_cutoff
+        or params.top_n_sigma
+        or (params.typical_p or 1.0) < 1.0
+        or params.logit_bias
+        or params.bad_words
+        or params.bad_words_ids
+        or params.allowed_token_ids is not None
+    ):
+        return True
+    if history is None:
+        return False
+    rules = history.rules
+    restricted = rules.suppressed or rules.suppressed_first or rules.forced_last is not None
+    return bool(restricted) or history.num_output < params.min_tokens
 
 
 def draw(c: Candidates, generator: np.random.Generator) -> int:
@@ -151,30 +124,16 @@ def draw(c: Candidates, generator: np.random.Generator) -> int:
 
 
 def choose(
-    row: np.ndarray, params: SamplingParams, generator: np.random.Generator, masked: Sequence[int] | None = None
+    row: np.ndarray, params: SamplingParams, generator: np.random.Generator, history: History | None = None
 ) -> Choice:
-    """The next token of one row of logits [vocab] (float32, or float16 and bfloat16, which are widened).
+    """The next token of one row of logits [vocab]: a draw from `distribution`, which see.
 
-    `params` is resolved. `masked` tokens are impossible (end tokens before min_tokens). At temperature 0 the most
-    likely token is taken, the lowest id among equals as torch.argmax on a CPU, and nothing is drawn; else exactly one
-    number is drawn from `generator`. Raises LlmxError where the logits are NaN or infinite, or leave no token possible.
+    At temperature 0 nothing is drawn; else exactly one number is drawn from `generator`.
     """
-    original = np.ascontiguousarray(row, dtype=np.float32)
-    row = original
-    if masked:
-        row = row.copy()
-        row[list(masked)] = -np.inf
-    best = int(row.argmax())  # NaN counts as the largest
-    if not np.isfinite(row[best]):
-        raise LlmxError(_BAD_LOGITS)
-    token = best if params.temperature == 0.0 else draw(filtered(row, params), generator)
-    return Choice(token) if params.logprobs is None else with_logprobs(original, token, params.logprobs)
-
-
-_BAD_LOGITS = (
-    "The model returned NaN or infinite logits, or all its tokens are masked; export it with a wider dtype "
-    "(bf16 or fp32) and verify the package."
-)
+    row = np.ascontiguousarray(row, dtype=np.float32)
+    c = distribution(row, params, history)
+    token = int(c.ids[0]) if params.temperature == 0.0 else draw(c, generator)
+    return Choice(token) if params.logprobs is None else with_logprobs(row, token, params.logprobs)
 
 
 def with_logprobs(row: np.ndarray, token: int, top: int) -> Choice:
@@ -195,9 +154,9 @@ def sample(
     logits: np.ndarray,
     params: Sequence[SamplingParams],
     generators: Sequence[np.random.Generator],
-    masked: Sequence[Sequence[int] | None] | None = None,
+    histories: Sequence[History | None] | None = None,
 ) -> tuple[np.ndarray, list[Choice]]:
-    """The next token of each row of logits [batch, vocab], with one entry of `params`, `generators`, `masked` a row.
+    """The next token of each row of logits [batch, vocab], with one entry of `params`, `generators`, `histories` a row.
 
     Returns token ids int64 [batch] and the rows' `Choice`s: exactly what `choose` gives for each row alone. Raises
     LlmxError naming the row where one has NaN or infinite logits, or no token possible.
@@ -205,7 +164,7 @@ def sample(
     choices: list[Choice] = []
     for row, (values, wanted, generator) in enumerate(zip(logits, params, generators, strict=True)):
         try:
-            choices.append(choose(values, wanted, generator, masked[row] if masked is not None else None))
+            choices.append(choose(values, wanted, generator, histories[row] if histories is not None else None))
         except LlmxError as error:
-            raise LlmxError(f"Row {row} of the batch: {error}") from None
+            raise type(error)(f"Row {row} of the batch: {error}") from None
     return np.array([choice.token for choice in choices], np.int64), choices

@@ -1,4 +1,4 @@
-"""Which request runs when. Plain data: no arrays, no onnxruntime."""
+"""Which request runs when. Plain data: touches no arrays, no onnxruntime."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmx.runtime.history import History
 from llmx.runtime.outputs import Logprob, RequestMetrics, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.stopping import StopChecker
@@ -26,7 +27,7 @@ class Sequence:
     generator: Any
     detokenizer: Any
     stop: StopChecker
-    tokens: list[int]
+    history: History
     asks: float = -1.0  # what a decode step is told that this sequence needs of its row (`Backend.decode`)
     slot: int | None = None
     num_cached: int = 0
@@ -38,12 +39,17 @@ class Sequence:
     stop_reason: int | str | None = None
 
     @property
+    def tokens(self) -> list[int]:
+        """Prompt and output; changed through `history` alone."""
+        return self.history.tokens
+
+    @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_ids)
 
     @property
     def num_output(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return self.history.num_output
 
     @property
     def output_ids(self) -> list[int]:

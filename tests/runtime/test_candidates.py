@@ -10,8 +10,9 @@ from llmx.runtime import LlmxError, SamplingParams
 from llmx.runtime.candidates import NUM_TOP, WHOLE_ROW, asked, choose_from_step, draw_from_all, narrowed
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
+from llmx.runtime.filters import all_of, filtered
 from llmx.runtime.manifest import TokenizerInfo
-from llmx.runtime.sampling import filtered, make_generator
+from llmx.runtime.sampling import make_generator
 from llmx.runtime.step_logits import HostLogits, StepLogits, TopLogits
 from llmx.runtime.tokenizer import Tokenizer
 from tokenizers import Tokenizer as RawTokenizer
@@ -65,10 +66,12 @@ def test_what_is_left_is_what_the_whole_row_leaves(
     row = (np.round(rng.standard_normal(vocab) * spread * steps) / steps).astype(np.float32)
     params = resolved(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     got = narrowed(top_of(row, temperature), params)
-    want = filtered(row, params)
+    want = filtered(all_of(row), params)
     if got is None:
-        # never for want of trying: what is kept (by top-k, at least) reaches what equals the last of the top
-        assert max(len(want.ids), top_k) > np.count_nonzero(row > np.sort(row)[-NUM_TOP])
+        # never for want of trying: what is kept (by min-p and top-k, at least) reaches what equals the last of the top
+        whole = resolved(temperature=temperature, top_k=top_k, min_p=min_p)
+        kept = len(filtered(all_of(row), whole).ids) if top_k or min_p else len(want.ids)
+        assert kept > np.count_nonzero(row > np.sort(row)[-NUM_TOP])
         return
     if not np.array_equal(got.ids, want.ids):  # only where a sum equals p or min_p but for rounding
         edge = set(got.ids.tolist()) ^ set(want.ids.tolist())

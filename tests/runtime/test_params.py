@@ -39,6 +39,29 @@ BAD: list[tuple[str, list[Any], str]] = [
     ("include_stop_str_in_output", [1, None], "include_stop_str_in_output must be true or false"),
     ("logprobs", [-1, 1025, True, 2.0], "logprobs must be a whole number from 0 to 1024"),
     ("prompt_logprobs", [-1, 1025, True, 2.0], "prompt_logprobs must be a whole number from 0 to 1024"),
+    ("typical_p", [0.0, 1.1, NAN, True, "1"], "typical_p must be a number above 0, up to 1, and is"),
+    ("epsilon_cutoff", [-0.1, 1.1, NAN, True], "epsilon_cutoff must be a number from 0 to 1, and is"),
+    ("eta_cutoff", [-0.1, 1.1, NAN, "0"], "eta_cutoff must be a number from 0 to 1, and is"),
+    ("top_n_sigma", [-1, 1001, NAN, INF, "1"], "top_n_sigma must be a number from 0 to 1000, and is"),
+    ("repetition_penalty", [0, -1.0, 101, NAN, INF, True], "repetition_penalty must be a number above 0, up to 100"),
+    ("presence_penalty", [-2.1, 2.1, NAN, True, "0"], "presence_penalty must be a number from -2 to 2, and is"),
+    ("frequency_penalty", [-2.1, 2.1, NAN, [0]], "frequency_penalty must be a number from -2 to 2, and is"),
+    ("no_repeat_ngram_size", [-1, 1.5, True, 2**31], "no_repeat_ngram_size must be a whole number from 0 to"),
+    ("logit_bias", [5, "ab", [3], {1, 2}], "logit_bias must map token ids to numbers, and is"),
+    ("logit_bias", [{-1: 0}, {"x": 1}, {1.5: 1}, {True: 1}], "each key of logit_bias must be a whole number from 0"),
+    (
+        "logit_bias",
+        [{1: 101}, {1: -101}, {1: NAN}, {1: INF}, {1: "2"}, {1: None}],
+        "each value of logit_bias must be a number from -100 to 100, and is",
+    ),
+    ("allowed_token_ids", [[-1], ["a"], [1.0]], "each of allowed_token_ids must be a whole number from 0"),
+    ("allowed_token_ids", [[]], "allowed_token_ids must list at least one token id, or be left out"),
+    ("allowed_token_ids", [7, "12", {1: 2}], "allowed_token_ids must be a list of token ids"),
+    ("bad_words", ["word", 7, None, {"a": 1}], "bad_words must be a list of strings, and is"),
+    ("bad_words", [[""], [" "], ["a", 3]], "each of bad_words must be a string that is not blank, and is"),
+    ("bad_words_ids", [7, "1", {1: 2}], "bad_words_ids must be a list of lists of token ids, and is"),
+    ("bad_words_ids", [[7], ["1"]], "each list of bad_words_ids must be a list of token ids, and is"),
+    ("bad_words_ids", [[[]], [[1], []]], "each of bad_words_ids must list at least one token id"),
 ]
 
 
@@ -71,6 +94,8 @@ def test_refusals_name_the_field_and_its_range(name: str, value: Any, message: s
         {"seed": 2**64 - 1, "logprobs": 0, "prompt_logprobs": 1024},
         {"stop": "x", "stop_token_ids": [0]},
         {"min_tokens": 5, "max_tokens": 5},
+        {"typical_p": 1.0, "epsilon_cutoff": 0, "eta_cutoff": 0.99, "top_n_sigma": 0},
+        {"repetition_penalty": 0.1, "presence_penalty": -2, "frequency_penalty": 2.0, "no_repeat_ngram_size": 0},
     ],
 )
 def test_edges_of_the_ranges_are_accepted(options: dict[str, Any]) -> None:
@@ -98,6 +123,20 @@ def test_values_are_stored_as_plain_and_immutable() -> None:
         params.n = 2  # type: ignore[misc]
 
 
+def test_lists_of_lists_and_mappings_are_stored_immutable() -> None:
+    params = SamplingParams(
+        logit_bias={"7": 1, np.int64(3): np.float32(-0.5)},  # type: ignore[dict-item]
+        bad_words_ids=[[1, 2], np.array([3])],  # type: ignore[list-item]
+        bad_words=["a", "b c"],
+        allowed_token_ids=range(3),
+    )
+    assert params.logit_bias == ((3, -0.5), (7, 1.0))
+    assert params.bad_words_ids == ((1, 2), (3,))
+    assert (params.bad_words, params.allowed_token_ids) == (("a", "b c"), (0, 1, 2))
+    assert params.resolved({}).logit_bias == params.logit_bias
+    assert isinstance(hash(params), int)
+
+
 @pytest.mark.parametrize(("stop", "strings"), [(None, []), ([], []), ("ab", ["ab"]), (("b", "a"), ["b", "a"])])
 def test_stop_strings(stop: Any, strings: list[str]) -> None:
     assert SamplingParams(stop=stop).stop_strings == strings
@@ -108,11 +147,6 @@ def test_min_tokens_must_not_exceed_max_tokens() -> None:
         SamplingParams(min_tokens=4, max_tokens=3)
     with pytest.raises(RequestError, match=r"min_tokens \(300\) must not exceed max_tokens \(256\)"):
         SamplingParams(min_tokens=300).resolved({})
-
-
-def test_fields_of_later_issues_do_not_exist_yet() -> None:
-    with pytest.raises(TypeError):
-        SamplingParams(repetition_penalty=1.1)  # type: ignore[call-arg]
 
 
 def test_greedy_where_nothing_is_given() -> None:

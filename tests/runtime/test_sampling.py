@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmx.runtime import LlmxError, RequestError, SamplingParams
-from llmx.runtime import sampling as module
-from llmx.runtime.sampling import Candidates, Choice, choose, draw, filtered, keep_top_p, make_generator, sample
+from llmx.runtime import LlmxError, RequestError, SamplingParams, filters
+from llmx.runtime.filters import Candidates, all_of, keep_top_p
+from llmx.runtime.history import History
+from llmx.runtime.rules import Rules
+from llmx.runtime.sampling import Choice, choose, draw, make_generator, sample
 from scipy import stats
 
 SETTINGS = [
@@ -25,23 +27,31 @@ SETTINGS = [
 
 
 def warped(row: np.ndarray, options: dict[str, float]) -> torch.Tensor:
-    """Scores [1, vocab] after transformers' warpers, in `generate`'s order."""
+    """Scores [1, vocab] after transformers' warpers, in vLLM's order."""
     from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = torch.tensor(row)[None]
     scores = TemperatureLogitsWarper(options["temperature"])(None, scores)
+    if "min_p" in options:
+        scores = MinPLogitsWarper(options["min_p"])(None, scores)
     if "top_k" in options:
         scores = TopKLogitsWarper(int(options["top_k"]))(None, scores)
     if "top_p" in options:
         scores = TopPLogitsWarper(options["top_p"])(None, scores)
-    if "min_p" in options:
-        scores = MinPLogitsWarper(options["min_p"])(None, scores)
     return scores
 
 
 def reference(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
     """Probabilities [vocab] of `warped`."""
     return torch.softmax(warped(row, options), -1)[0].numpy()
+
+
+def filtered(row: np.ndarray, params: SamplingParams) -> Candidates:
+    return filters.filtered(all_of(row), params)
+
+
+def banning(*tokens: int) -> History:
+    return History((), Rules(suppressed=tokens))
 
 
 def kept(row: np.ndarray, options: dict[str, float]) -> np.ndarray:
@@ -188,7 +198,7 @@ def test_top_p_without_sorting_everything_equals_sorting_everything(
     whole = [Candidates(np.arange(len(row)), row) for row in rows]
     shares = (1e-6, 0.2, 0.5, 0.9, 0.99, 0.99999)
     quick = [keep_top_p(c, p).ids.tolist() for c in whole for p in shares]
-    monkeypatch.setattr(module, "_FIRST_CUT", 10**9)
+    monkeypatch.setattr(filters, "_FIRST_CUT", 10**9)
     assert quick == [keep_top_p(c, p).ids.tolist() for c in whole for p in shares]
 
 
@@ -273,7 +283,7 @@ ROWS: list[dict[str, Any]] = [
 def test_batched_equals_single_bit_for_bit(dtype: type, order: Any) -> None:
     params = [SamplingParams(**options).resolved({}) for options in ROWS]
     logits = np.asarray((np.random.default_rng(1).standard_normal((7, 5000)) * 3).astype(dtype), order=order)
-    masked = [None, [3], None, [1, 2], None, None, [int(logits[6].astype(np.float32).argmax())]]
+    masked = [None, banning(3), None, banning(1, 2), None, None, banning(int(logits[6].astype(np.float32).argmax()))]
 
     def steps(members: list[int]) -> dict[int, list[Choice]]:
         """Five steps of a batch of some of the rows, each with its own generator."""
@@ -335,7 +345,7 @@ def test_the_bad_row_of_a_batch_is_named() -> None:
     with pytest.raises(LlmxError, match="^Row 2 of the batch"):
         sample(logits, params, generators)
     with pytest.raises(LlmxError, match="masked"):
-        choose(np.zeros(2, np.float32), params[0], generators[0], [0, 1])
+        choose(np.zeros(2, np.float32), params[0], generators[0], banning(0, 1))
 
 
 # -- log-probabilities -------------------------------------------------------------------------------------------------
@@ -359,7 +369,7 @@ def test_logprobs_on_request_alone_and_of_masked_tokens() -> None:
     row = np.array([3.0, 1.0, 3.0, 2.0], np.float32)
     greedy = SamplingParams(temperature=0.0).resolved({})
     assert choose(row, greedy, make_generator(0)) == Choice(0)
-    choice = choose(row, SamplingParams(temperature=0.0, logprobs=3).resolved({}), make_generator(0), [0, 2])
+    choice = choose(row, SamplingParams(temperature=0.0, logprobs=3).resolved({}), make_generator(0), banning(0, 2))
     assert (choice.token, choice.rank) == (3, 3)
     assert choice.top is not None
     assert [token for token, _ in choice.top] == [0, 2, 3]  # the model's own order, the lower id first among equals
