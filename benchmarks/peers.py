@@ -53,7 +53,7 @@ PACKAGES = {
     "llama": ["numpy", "gguf==0.19.0", "llama-cpp-python==0.3.36"],
     "genai": ["torch==2.13.0", "transformers==5.23.0", "onnxruntime==1.32.0", "onnx-ir", "onnxruntime-genai==0.18.0"],
     "openvino": [
-        "torch==2.13.0", "torchvision==0.28.0", "openvino==2026.4.1", "openvino-genai==2026.4.1.0",
+        "torch==2.13.0", "openvino==2026.4.1", "openvino-genai==2026.4.1.0",
         "openvino-tokenizers==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
     ],
 }  # fmt: skip

@@ -15,6 +15,7 @@ from llmx.runtime.manifest import EncoderInfo, Manifest
 from llmx.runtime.providers import resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.tokenizer import Tokenizer
+from llmx.runtime.tracing import span
 
 Text = str | tuple[str, str]  # a text, or a pair that the tokenizer joins
 
@@ -212,7 +213,8 @@ class Encoder:
         if isinstance(texts, str):
             raise RequestError("Give a list of texts, not one text.")
         longest = self.info.max_length
-        rows = [self._row(text, truncate) for text in texts]
+        with span("tokenise"):
+            rows = [self._row(text, truncate) for text in texts]
         for row in rows:
             if not row.ids:
                 raise RequestError("A text is empty; give at least one character.")

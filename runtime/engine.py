@@ -21,6 +21,7 @@ from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequen
 from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from llmx.runtime.tracing import span
 
 
 class Engine:
@@ -108,8 +109,9 @@ class Engine:
         another caller. An interrupt (KeyboardInterrupt) leaves the state half-changed, so it ends them too, and is raised.
         """
         try:
-            self._admit(admit)
-            self._execute(self.scheduler.plan(admit))
+            with span("step"):
+                self._admit(admit)
+                self._execute(self.scheduler.plan(admit))
         except Exception as error:
             ran = [r for r in self._live if any(s.slot is not None for s in r.sequences)]
             self._end(error, ran or self._live)
@@ -177,8 +179,10 @@ class Engine:
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
         asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
         if plan.start == 0 and sequence.request.source is not None:
-            self.backend.encode(sequence.slot, sequence.request.source)
-        logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
+            with span("encode"):
+                self.backend.encode(sequence.slot, sequence.request.source)
+        with span("prefill"):
+            logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
         sequence.num_cached = plan.end
         if scored:
             self._note_prompt_logprobs(sequence, logits, plan.start)
@@ -205,7 +209,8 @@ class Engine:
             lengths[sequence.slot] = sequence.num_cached
             active[sequence.slot] = True
             temperatures[sequence.slot] = self._asks(sequence)
-        logits = self.backend.decode(tokens, lengths, active, temperatures)
+        with span("decode"):
+            logits = self.backend.decode(tokens, lengths, active, temperatures)
         for sequence in sequences:
             slot = sequence.slot
             assert slot is not None
@@ -222,9 +227,10 @@ class Engine:
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
         early = sequence.num_output < params.min_tokens
         try:
-            choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
-            if choice is None:
-                choice = choose(logits.row(row), params, sequence.generator, sequence.history)
+            with span("sample"):
+                choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
+                if choice is None:
+                    choice = choose(logits.row(row), params, sequence.generator, sequence.history)
         except LlmxError as error:
             self._fail(sequence.request, error)
             return
@@ -235,7 +241,8 @@ class Engine:
             reason = choice.token if choice.token in params.stop_token_ids else None
             self._finish(sequence, "stop", reason, sequence.stop.push(sequence.detokenizer.finish()), logprobs)
             return
-        text = sequence.detokenizer.push(choice.token)
+        with span("detokenise"):
+            text = sequence.detokenizer.push(choice.token)
         shown = text if early else sequence.stop.push(text)
         full = len(sequence.tokens) >= self.backend.max_length
         if sequence.stop.matched is not None:

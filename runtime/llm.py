@@ -25,6 +25,7 @@ from llmx.runtime.params import SamplingParams
 from llmx.runtime.prompts import Prompt, as_list, is_token
 from llmx.runtime.scheduler import Request
 from llmx.runtime.tokenizer import Tokenizer
+from llmx.runtime.tracing import span
 from llmx.runtime.transcribe import Transcript, transcribe
 
 
@@ -81,8 +82,10 @@ class LLM:
             return
         if manifest.family not in ("decoder", "encoder-decoder"):
             raise FamilyError(f"{folder} is an {manifest.family} model, which this llmx does not run; upgrade llmx.")
-        tokenizer = Tokenizer.load(folder, manifest.tokenizer)
-        backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
+        with span("load tokenizer"):
+            tokenizer = Tokenizer.load(folder, manifest.tokenizer)
+        with span("load graphs"):
+            backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
         self._setup(folder, manifest, tokenizer, backend, prefill_chunk)
 
     def _setup(
@@ -262,7 +265,9 @@ class LLM:
 
     def chat_ids(self, messages: Seq[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Token ids of `chat_prompt` (the template writes its special tokens itself)."""
-        return self.tokenizer.encode(self.chat_prompt(messages, **variables), add_special_tokens=False)
+        text = self.chat_prompt(messages, **variables)
+        with span("tokenise"):
+            return self.tokenizer.encode(text, add_special_tokens=False)
 
     def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
         """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.
@@ -347,7 +352,8 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            with span("tokenise"):
+                return self.tokenizer.encode(prompt)
         if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview, Mapping)):
             tokens = list(prompt)
             if all(is_token(token) for token in tokens):

@@ -13,6 +13,7 @@ from llmx.runtime.manifest import Manifest
 from llmx.runtime.manifest_check import check_session
 from llmx.runtime.mapped_cache import MappedCache
 from llmx.runtime.providers import Device, import_onnxruntime
+from llmx.runtime.tracing import active
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,15 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
-    sessions = {}
+    sessions, trace = {}, active()
     for name, path in files.items():
-        sessions[name] = open_session(path, session_options(settings), device)
+        options = session_options(settings)
+        if trace is not None:
+            trace.prepare(options)
+        sessions[name] = open_session(path, options, device)
         check_session(sessions[name], manifest.graphs[name], path)
+        if trace is not None:
+            sessions[name] = trace.watch(name, sessions[name])
     return sessions
 
 
