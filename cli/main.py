@@ -15,6 +15,7 @@ _COMMANDS = {
     "export": ("llmx.cli.export", "Export a Hugging Face model to a package of ONNX graphs."),
     "run": ("llmx.cli.run", "Continue a prompt, streaming to the terminal."),
     "chat": ("llmx.cli.chat", "Talk with a model in the terminal."),
+    "serve": ("llmx.cli.serve", "Serve packages over HTTP, with OpenAI's API."),
     "embed": ("llmx.cli.embed", "Turn texts into vectors with an embedding model."),
     "classify": ("llmx.cli.classify", "Label texts, or their tokens, with a classifier."),
     "rerank": ("llmx.cli.rerank", "Order documents by how well they answer a query."),

@@ -51,7 +51,7 @@ class AsyncLLM:
                 loop.call_soon_threadsafe(done.set)
 
         try:
-            requests = self._submit([(prompt, p, emit) for prompt, p in zip(many, each, strict=True)])
+            requests = self.submit([(prompt, p, emit) for prompt, p in zip(many, each, strict=True)])
             while not all(r.finished for r in requests):
                 await done.wait()
                 done.clear()
@@ -69,7 +69,7 @@ class AsyncLLM:
         def emit(piece: StreamPiece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        [request] = self._submit([(prompt, params or SamplingParams(), emit)])
+        [request] = self.submit([(prompt, params or SamplingParams(), emit)])
         unfinished = len(request.sequences)
         try:
             while unfinished:
@@ -87,14 +87,21 @@ class AsyncLLM:
         """As LLM.chat."""
         return (await self.generate([self.llm.chat_ids(messages, **template_variables)], params))[0]
 
-    def _submit(
-        self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
-    ) -> list[Request]:
+    def submit(self, wanted: Seq[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
+        """Queue requests from any thread; their receivers are called with each piece from the engine's thread.
+
+        For services that deliver pieces their own way. Raises RequestError before anything runs.
+        """
         if self._stop:
             raise ClosedError("This AsyncLLM was closed; create a new one.")
         requests = self.llm._submit(wanted)
         self._wake.set()
         return requests
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that steps the engine runs."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while True:

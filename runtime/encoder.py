@@ -190,6 +190,10 @@ class Encoder:
         text = self.tokenizer.decode([*ids[:place], token, *ids[place + 1 :]], skip_special_tokens=True)
         return Filled(token, self.tokenizer.decode([token]).strip(), score, text)
 
+    def num_tokens(self, text: Text | Seq[int]) -> int:
+        """Tokens of a text, or of a pair, special tokens included and nothing cut."""
+        return len(self._row(text, truncate=False).ids)
+
     def close(self) -> None:
         """Free the session; the encoder must not be used afterwards."""
         self.session = None

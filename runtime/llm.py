@@ -308,7 +308,7 @@ class LLM:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def _submit(
-        self, wanted: list[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
+        self, wanted: Seq[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]
     ) -> list[Request]:
         self._driver.check_usable()
         self.need_generation()

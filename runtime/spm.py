@@ -61,6 +61,9 @@ class SpmTokenizer(Tokenizer):
     def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [self._encode(text, add_special_tokens) for text in texts]
 
+    def encode_plain(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False)  # no spelling of a special token is looked for in a text
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
             raise RequestError("A prompt must be text in valid Unicode (no lone surrogates).")

@@ -33,6 +33,7 @@ class Tokenizer:
         """`backend` is a `tokenizers.Tokenizer` that neither pads nor truncates."""
         self._backend = backend
         self._truncating: dict[int, Any] = {}
+        self._plain: Any = None  # a copy that knows no special tokens, made when one is needed
         self.info = info
         #: Ids that `skip_special_tokens` leaves out of the text.
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -75,6 +76,15 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises RequestError for what is not valid Unicode text."""
         return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of `text` in which special tokens are the characters that they are written with."""
+        if self._plain is None:
+            self._plain = type(self._backend).from_str(self._backend.to_str())
+            self._plain.encode_special_tokens = True
+        with _valid_text():
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text, without padding. Raises RequestError for what is not valid Unicode text."""

@@ -1,0 +1,170 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from llmx.runtime import StreamPiece
+from llmx.runtime.scheduler import Request, Sequence
+from llmx.serve.body import read
+from llmx.serve.common import respond
+from llmx.serve.errors import bad_request
+from llmx.serve.fields import sampling_params
+from llmx.serve.models import Generation, Model, Wanted
+from llmx.serve.protocol import CompletionRequest
+from llmx.serve.sse import event
+from llmx.serve.wire import LegacyLogprobs, new_id, prompt_logprobs, usage
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
+MAX_PROMPTS = 1024
+
+
+async def completions(request: HttpRequest) -> Response:
+    body = await read(request, CompletionRequest)
+    model: Model = request.app.state.models.get(body.model)
+    completion = Completion(model, body)
+    places = len(completion.prompts) * completion.n, "n" if completion.n > 1 else "prompt"
+    return await respond(
+        request, model, places, completion.prepare, completion.answer, completion.events if body.stream else None
+    )
+
+
+class Completion:
+    """One completion request of one prompt or several; choice `p * n + i` is prompt p's continuation i."""
+
+    def __init__(self, model: Model, body: CompletionRequest) -> None:
+        self.model, self.body, self.n = model, body, body.n or 1
+        self.id, self.created = new_id("cmpl"), int(time.time())
+        self.prompts = _prompts(body.prompt)
+        self.silent = body.max_tokens == 0  # with echo: only the prompt and its log-probabilities
+        self._check()
+
+    def _check(self) -> None:
+        body = self.body
+        if body.suffix:
+            raise bad_request("suffix is not supported; leave it out.", "suffix", "unsupported_parameter")
+        if body.best_of is not None and body.best_of != self.n:
+            raise bad_request("best_of is not supported beyond n; leave it out.", "best_of", "unsupported_parameter")
+        if self.silent and not body.echo:
+            raise bad_request("max_tokens must be at least 1 (0 goes with echo: true).", "max_tokens")
+        if body.stream_options is not None and not body.stream:
+            raise bad_request("stream_options needs stream: true.", "stream_options")
+        if body.response_format is not None and body.response_format.type != "text":
+            raise bad_request(
+                "response_format is not supported by this version.", "response_format", "unsupported_parameter"
+            )
+
+    def prepare(self) -> Wanted:
+        """Runs in a thread."""
+        body = self.body
+        most = 1 if self.silent else DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        given: dict[str, Any] = {"max_tokens": most, "logprobs": body.logprobs}
+        if body.echo and body.logprobs is not None:
+            given["prompt_logprobs"] = body.logprobs
+        params = sampling_params(body, **given)
+        return [(prompt, params) for prompt in self.prompts]
+
+    # -- one answer ---------------------------------------------------------------------------------------------------
+
+    def answer(self, generation: Generation) -> dict[str, Any]:
+        choices = [
+            self._whole(p * self.n + sequence.index, request, sequence)
+            for p, request in enumerate(generation.requests)
+            for sequence in request.sequences
+        ]
+        return {**self._head(), "choices": choices, "usage": self._usage(generation)}
+
+    def _usage(self, generation: Generation) -> dict[str, Any]:
+        return usage(generation.requests, sum(len(r.sequences) for r in generation.requests) if self.silent else 0)
+
+    def _whole(self, index: int, request: Request, sequence: Sequence) -> dict[str, Any]:
+        text, logprobs = "", None
+        if self.body.logprobs is not None:
+            legacy = LegacyLogprobs(self.model.llm.tokenizer)
+            ids: list[int] = []
+            entries: list[Any] = []
+            if self.body.echo:
+                ids, entries = list(request.prompt_ids), list(request.prompt_logprobs or [])
+            if not self.silent:
+                ids, entries = [*ids, *sequence.output_ids], [*entries, *sequence.logprobs]
+            logprobs = legacy.add(ids, entries)
+        if self.body.echo:
+            text += self._echo(request)
+        if not self.silent:
+            text += sequence.text
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": "length" if self.silent else sequence.finish_reason,
+            "stop_reason": None if self.silent else sequence.stop_reason,
+        }
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(request)
+        return choice
+
+    def _echo(self, request: Request) -> str:
+        if request.prompt is not None:
+            return request.prompt
+        return self.model.llm.tokenizer.decode(request.prompt_ids, skip_special_tokens=False)
+
+    def _head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model.name}
+
+    # -- a stream -----------------------------------------------------------------------------------------------------
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        options = self.body.stream_options
+        with_usage = options is not None and options.include_usage
+        more: dict[str, Any] = {"usage": None} if with_usage else {}
+        legacy: dict[int, LegacyLogprobs] = {}
+        async for p, piece in generation.pieces():
+            index, request = p * self.n + piece.index, generation.requests[p]
+            first = index not in legacy
+            if first:
+                legacy[index] = LegacyLogprobs(self.model.llm.tokenizer)
+            if first and self.body.echo:
+                yield event({**self._head(), "choices": [self._prompt_chunk(index, request, legacy[index])], **more})
+            if self.silent:
+                piece = StreamPiece("", [], piece.index, piece.finish_reason and "length")
+            if piece.text or piece.finish_reason or piece.logprobs:
+                if options is not None and options.continuous_usage_stats:
+                    more = {"usage": self._usage(generation)}
+                yield event({**self._head(), "choices": [self._chunk(index, piece, legacy[index])], **more})
+        if with_usage:
+            yield event({**self._head(), "choices": [], "usage": self._usage(generation)})
+
+    def _prompt_chunk(self, index: int, request: Request, legacy: LegacyLogprobs) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = legacy.add(request.prompt_ids, list(request.prompt_logprobs or []))
+        return {"index": index, "text": self._echo(request), "logprobs": logprobs, "finish_reason": None}
+
+    def _chunk(self, index: int, piece: StreamPiece, legacy: LegacyLogprobs) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None and piece.logprobs:
+            logprobs = legacy.add(piece.token_ids, list(piece.logprobs))
+        return {
+            "index": index,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+
+def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
+    """One prompt or several, of text or token ids. Raises ApiError."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad_request("prompt is empty; give a text, a list of texts, or token ids.", "prompt")
+    if isinstance(prompt[0], int):
+        return [prompt]
+    if len(prompt) > MAX_PROMPTS:
+        raise bad_request(f"prompt lists {len(prompt)} prompts, and {MAX_PROMPTS} are the most.", "prompt")
+    return prompt

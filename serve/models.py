@@ -1,0 +1,251 @@
+"""The packages that a server serves, and the requests that run on them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, StreamPiece
+from llmx.runtime.scheduler import Request
+from llmx.serve.config import ServeConfig
+from llmx.serve.errors import ApiError, bad_request, busy
+
+T = TypeVar("T")
+
+#: One prompt of a request: its token ids (or text, of an encoder-decoder) and parameters.
+Wanted = list[tuple[str | list[int], SamplingParams]]
+
+
+class Pump:
+    """Hands items from the engines' threads to the event loop: many of one step in one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
+        """From any thread. Raises RuntimeError where the loop is closed."""
+        self._items.append((queue, item))
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._woken = False  # before the items are taken: a later one wakes again
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
+
+
+class Queue:
+    """Owns the places of a model: `slots` continuations run, `waiting` more may wait. Only the event loop touches it."""
+
+    def __init__(self, slots: int, waiting: int) -> None:
+        self.slots, self.waiting = slots, waiting
+        self.taken = 0
+        self.closed = False
+
+    def take(self, count: int, param: str) -> None:
+        """Raises ApiError: 429 where no place is free, 400 where there never will be."""
+        if self.closed:
+            raise ApiError(
+                503, "shutting_down", "The server is shutting down; send it again.", headers={"retry-after": "1"}
+            )
+        if count > self.slots + self.waiting:
+            raise bad_request(
+                f"The request asks for {count} continuations and the server holds {self.slots + self.waiting}; ask for fewer.",
+                param,
+            )
+        if self.taken + count > self.slots + self.waiting:
+            raise busy(f"All {self.slots} slots are busy and {self.waiting} requests wait; try again in a moment.")
+        self.taken += count
+
+    def give_back(self, count: int) -> None:
+        assert 0 <= count <= self.taken
+        self.taken -= count
+
+
+@dataclass(eq=False)
+class Model:
+    """A package under its name. `run` serves an encoder, `generate` a model that writes."""
+
+    name: str
+    llm: LLM
+    queue: Queue
+    created: int = field(default_factory=lambda: int(time.time()))
+    aio: AsyncLLM | None = None
+    _prepare: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "llmx-prepare"))
+    _encode: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llmx-encode"))
+
+    def __post_init__(self) -> None:
+        if self.llm.encoder is None:
+            self.aio = AsyncLLM(llm=self.llm)
+
+    async def off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Run `work` in a thread: tokenizers and templates take milliseconds on long texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._prepare, work, *arguments)
+
+    async def run_encoder(self, work: Callable[..., T], *arguments: Any) -> T:
+        """As off_loop, one call at a time: an encoder's run uses all cores."""
+        self.queue.take(1, "input")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encode, work, *arguments)
+        finally:
+            self.queue.give_back(1)
+
+    def generation(self, pump: Pump, places: int, param: str) -> Generation:
+        """A place for a request that asks for `places` continuations; raises ApiError where there is none."""
+        if self.aio is None:
+            self.llm.need_generation()
+        self.queue.take(places, param)
+        return Generation(self, pump, places)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that steps the engine runs."""
+        return self.aio is None or self.aio.alive
+
+    async def aclose(self) -> None:
+        if self.aio is not None:
+            await self.aio.aclose()
+        else:
+            await asyncio.to_thread(self.llm.close)
+        self._prepare.shutdown(wait=False, cancel_futures=True)
+        self._encode.shutdown(wait=False, cancel_futures=True)
+
+
+class Generation:
+    """One API request on an engine: its prompts' requests and their pieces. `close` ends whatever still runs."""
+
+    def __init__(self, model: Model, pump: Pump, places: int) -> None:
+        self.model, self._pump, self._places = model, pump, places
+        self.requests: list[Request] = []
+        self._pieces: asyncio.Queue[tuple[int, StreamPiece]] = asyncio.Queue()
+        self._lock = threading.Lock()  # between the thread that submits and a client that leaves meanwhile
+        self._closed = False
+
+    async def start(self, prepare: Callable[[], Wanted]) -> None:
+        """Run `prepare` and submit what it returns, in a thread. Raises what they raise."""
+        await self.model.off_loop(self._submit, prepare)
+
+    def _submit(self, prepare: Callable[[], Wanted]) -> None:
+        aio = self.model.aio
+        assert aio is not None
+        wanted = prepare()
+        with self._lock:
+            if self._closed:
+                return
+            entries = [(prompt, params, self._receiver(index)) for index, (prompt, params) in enumerate(wanted)]
+            self.requests = aio.submit(entries)
+
+    def _receiver(self, index: int) -> Callable[[StreamPiece], None]:
+        return lambda piece: self._pump.put(self._pieces, (index, piece))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, StreamPiece]]:
+        """(prompt's index, piece) as they come, until all have ended. Raises the first error of a request."""
+        left = sum(len(request.sequences) for request in self.requests)
+        while left:
+            index, piece = await self._pieces.get()
+            error = self.requests[index].error
+            if error is not None:
+                raise error
+            if piece.finish_reason is not None:
+                left -= 1
+            yield index, piece
+
+    def close(self) -> None:
+        """Idempotent; the slots are free before the engine's next step."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            requests = self.requests
+        self.model.queue.give_back(self._places)
+        for request in requests:
+            if not request.finished:
+                self.model.llm.engine.cancel(request)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Models:
+    """All models of a server, the first being the default."""
+
+    def __init__(self, models: list[Model]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def get(self, name: str | None) -> Model:
+        """Raises ApiError 404 for a name that is not served."""
+        if name is None:
+            return next(iter(self))
+        if name not in self._models:
+            known = ", ".join(self._models)
+            raise ApiError(
+                404, "model_not_found", f"There is no model named {name[:200]!r}; this server has: {known}.", "model"
+            )
+        return self._models[name]
+
+    async def aclose(self) -> None:
+        for model in self:
+            await model.aclose()
+
+
+def load_models(config: ServeConfig) -> Models:
+    """Load every package of `config`. Raises LlmxError subclasses; what was loaded before is closed then."""
+    if not config.onnx:
+        raise RequestError(
+            "There is nothing to serve; give --onnx DIR (or NAME=DIR, several times for several packages)."
+        )
+    with contextlib.ExitStack() as loaded:
+        models: list[Model] = []
+        for entry in config.onnx:
+            name, path = _name_and_path(entry)
+            if name in [m.name for m in models]:
+                raise RequestError(
+                    f"Two packages are named {name!r}; give one of them another name: --onnx NAME={path}."
+                )
+            llm = loaded.enter_context(_load(path, config))
+            llm.warmup()
+            slots = config.slots if llm.encoder is None else 1
+            models.append(Model(name, llm, Queue(slots, config.max_queue)))
+        loaded.pop_all()
+    return Models(models)
+
+
+def _load(path: str, config: ServeConfig) -> LLM:
+    try:
+        return LLM(
+            path,
+            config.device,
+            max_length=config.max_length,
+            slots=config.slots,
+            threads=config.threads,
+            prefill_chunk=config.prefill_chunk,
+        )
+    except LlmxError as error:
+        error.args = (f"{path}: {error}" if path not in str(error) else str(error),)
+        raise
+
+
+def _name_and_path(entry: str) -> tuple[str, str]:
+    """ "NAME=DIR", or a folder or hub id that names itself."""
+    name, sign, path = entry.partition("=")
+    if sign and name and path and not Path(entry).exists():
+        return name, path
+    return (Path(entry).resolve().name if Path(entry).exists() else entry), entry

@@ -1,0 +1,98 @@
+"""uvicorn with the limits that it does not have itself, and a drain that refuses what comes too late."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import FrameType
+
+import h11
+import uvicorn
+from llmx.serve.app import create_app
+from llmx.serve.config import ServeConfig
+from llmx.serve.logs import configure, log
+from llmx.serve.models import Models
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+MAX_HEADERS = 32 * 1024  # bytes of a request line with all headers
+
+
+def _protocol(header_timeout: float) -> type[H11Protocol]:
+    """A connection that is closed where a request's headers take longer than `header_timeout` seconds to arrive.
+
+    uvicorn limits neither the first request's headers nor a slow trickle of them, which costs a server its connections
+    (slowloris).
+    """
+
+    class LimitedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state is not h11.IDLE:
+                self._stop_clock()
+            elif self.conn.trailing_data[0] and self._deadline is None:
+                self._expect()  # the next request has begun
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_clock()
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            self._deadline = self.loop.call_later(header_timeout, self._too_slow)
+
+        def _stop_clock(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _too_slow(self) -> None:
+            self._deadline = None
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self.transport.close()
+
+    return LimitedProtocol
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that stops taking requests when it is told to end, and lets those that run end."""
+
+    def __init__(self, config: uvicorn.Config, models: Models) -> None:
+        super().__init__(config)
+        self._models = models
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        for model in self._models:
+            model.queue.closed = True
+        super().handle_exit(sig, frame)
+
+
+def uvicorn_config(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
+    """uvicorn's settings. h11 is the parser that limits headers."""
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=_protocol(config.header_timeout),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        timeout_keep_alive=max(1, round(config.keep_alive)),
+        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+        limit_concurrency=config.max_connections,
+    )
+
+
+def serve(models: Models, config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end."""
+    configure(config.log_format, config.log_level)
+    server = Server(uvicorn_config(create_app(models, config), config), models)
+    log(logging.INFO, "serving", models=[model.name for model in models], host=config.host, port=config.port)
+    server.run()

@@ -1,0 +1,44 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from llmx.runtime import LLM
+from llmx.serve.body import read
+from llmx.serve.errors import bad_request
+from llmx.serve.models import Model
+from llmx.serve.prompts import chat_ids, plain_messages
+from llmx.serve.protocol import DetokenizeRequest, TokenizeRequest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+
+async def tokenize(request: Request) -> Response:
+    body = await read(request, TokenizeRequest)
+    model: Model = request.app.state.models.get(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("Give prompt or messages, one of them.", "prompt")
+    ids = await model.off_loop(_ids, model.llm, body)
+    result = {"count": len(ids), "max_model_len": model.llm.max_length, "tokens": ids}
+    if body.return_token_strs:
+        result["token_strs"] = [model.llm.tokenizer.token(i) for i in ids]
+    return JSONResponse(result)
+
+
+def _ids(llm: LLM, body: TokenizeRequest) -> list[int]:
+    if body.prompt is not None:
+        return llm.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+    return chat_ids(
+        llm,
+        plain_messages(body.messages or []),
+        body.tools,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        **(body.chat_template_kwargs or {}),
+    )
+
+
+async def detokenize(request: Request) -> Response:
+    body = await read(request, DetokenizeRequest)
+    model: Model = request.app.state.models.get(body.model)
+    text = await model.off_loop(lambda: model.llm.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    return JSONResponse({"prompt": text})
