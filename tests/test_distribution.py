@@ -131,6 +131,6 @@ def test_the_readme_is_true(demo: Path) -> None:
 
 def test_nothing_in_the_runtime_imports_torch() -> None:
     pattern = re.compile(r"^\s*(?:import|from)\s+(torch|transformers|onnxscript|onnx_ir|onnx|peft)\b", re.M)
-    for folder in ("runtime", "cli"):
+    for folder in ("runtime", "serve", "cli"):
         for file in (ROOT / folder).rglob("*.py"):
             assert not pattern.search(file.read_text()), file
