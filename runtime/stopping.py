@@ -38,7 +38,7 @@ class StopChecker:
         if hits:
             end, start, self.matched = min(hits)
             return text[: end if self.include else start]
-        shown = len(text) - max(_overlap(text, stop) for stop in self.stops)
+        shown = len(text) - max(overlap(text, stop) for stop in self.stops)
         self._held = text[shown:]
         return text[:shown]
 
@@ -48,7 +48,7 @@ class StopChecker:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that `text` ends with."""
     at = text.find(stop[0], max(len(text) - len(stop) + 1, 0))
     while at >= 0:
