@@ -8,6 +8,7 @@ print(out.outputs[0].text)
 """
 
 from llmx.runtime.aio import AsyncLLM
+from llmx.runtime.chat_output import ChatDelta, ChatMessage, ToolCall
 from llmx.runtime.encoder import Filled, Label, Ranked, TokenLabel
 from llmx.runtime.errors import (
     ClosedError,
@@ -29,6 +30,8 @@ from llmx.runtime.transcribe import Transcript
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "ChatDelta",
+    "ChatMessage",
     "ClosedError",
     "CompletionOutput",
     "ContextLengthError",
@@ -49,6 +52,7 @@ __all__ = [
     "SamplingParams",
     "StreamPiece",
     "TokenLabel",
+    "ToolCall",
     "Transcript",
     "load_manifest",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class AsyncLLM:
                 raise request.error
         return [_output(request) for request in requests]
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[StreamPiece]:
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamPiece, None]:
         """As LLM.stream, as an async iterator."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[StreamPiece]()
 
@@ -82,10 +83,21 @@ class AsyncLLM:
             self.llm._abandon([request])
 
     async def chat(
-        self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **template_variables: Any
+        self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """As LLM.chat."""
-        return (await self.generate([self.llm.chat_ids(messages, **template_variables)], params))[0]
+        request = self.llm.chat_request(messages, **options)
+        return request.parsed((await self.generate([request.token_ids], request.params(params)))[0])
+
+    async def chat_stream(
+        self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> AsyncGenerator[StreamPiece, None]:
+        """As LLM.chat with `stream=True`, as an async iterator."""
+        request = self.llm.chat_request(messages, **options)
+        read = request.reader()
+        async with aclosing(self.stream(request.token_ids, request.params(params))) as pieces:
+            async for piece in pieces:
+                yield read(piece)
 
     def submit(self, wanted: Seq[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
         """Queue requests from any thread; their receivers are called with each piece from the engine's thread.

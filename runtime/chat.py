@@ -18,6 +18,26 @@ from llmx.runtime.errors import RequestError
 
 Message = Mapping[str, Any]
 
+
+class Arguments(dict[str, Any]):
+    """A tool call's arguments, given as JSON text: a mapping for templates that expect one (`| tojson`, `| items`), and
+    the text itself for those that print or concatenate it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(_plain(values))
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: str) -> str:
+        return self._text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self._text
+
+
 #: Names under which a message's reasoning is passed; templates read the first (gpt-oss: the second).
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -150,7 +170,7 @@ def _plain(value: Any) -> Any:
 
     Also a copy: what the renderer changes is never the caller's. Other objects become a placeholder like "<ndarray>".
     """
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (str, int, float, bool, Arguments):
         return value
     if isinstance(value, str):  # a subclass (an enum, numpy's str_) may bring methods
         return str.__str__(value)

@@ -240,13 +240,15 @@ _HARMONY_TOKENS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "
 
 
 class OutputParser(Protocol):
-    """Takes a model's output apart: `push` its text as it comes, `finish` at its end; `message` is what was said."""
+    """Takes a model's output apart: `push` its text as it comes, `finish` at its end (with the last of the text);
+    `message` is what was said so far.
+    """
 
     message: ChatMessage
 
     def push(self, text: str) -> ChatDelta: ...
 
-    def finish(self) -> ChatDelta: ...
+    def finish(self, text: str = "") -> ChatDelta: ...
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,11 @@ class ChatFormat:
             prompt.rstrip().endswith(tags.begin.rstrip()) or continued.rfind(tags.begin) > continued.rfind(tags.end)
         )
         return ChatParser(openers, tags, reasons, make_id)
+
+    @property
+    def opening(self) -> str:
+        """The tag that opens reasoning, or "" where the format has none."""
+        return REASONING[self.reasoning].begin if self.reasoning in REASONING else ""
 
     def tokens(self, tools: bool) -> frozenset[str]:
         """Markers that the output's text must keep although they may be special tokens."""

@@ -49,8 +49,9 @@ class HarmonyParser:
         self._buffer += text
         return self._advance(last=False)
 
-    def finish(self) -> ChatDelta:
-        """The end of the output: what was held back."""
+    def finish(self, text: str = "") -> ChatDelta:
+        """What `text`, the last of the output, adds, and what was held back."""
+        self._buffer += text
         return self._advance(last=True)
 
     def _advance(self, last: bool) -> ChatDelta:

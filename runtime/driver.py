@@ -138,6 +138,12 @@ class PieceStream(Iterator[StreamPiece]):
     def __init__(self, driver: Driver, request: Request, pieces: deque[StreamPiece]) -> None:
         self._driver, self._request, self._pieces = driver, request, pieces
         self._closed = False
+        self._map: Callable[[StreamPiece], StreamPiece] | None = None
+
+    def map(self, function: Callable[[StreamPiece], StreamPiece]) -> PieceStream:
+        """This stream, each of its pieces passed through `function`."""
+        self._map = function
+        return self
 
     def __next__(self) -> StreamPiece:
         request, pieces = self._request, self._pieces
@@ -154,7 +160,8 @@ class PieceStream(Iterator[StreamPiece]):
         if not pieces:
             self.close()
             raise StopIteration
-        return pieces.popleft()
+        piece = pieces.popleft()
+        return piece if self._map is None else self._map(piece)
 
     def close(self) -> None:
         """End the request; its slot is free before the next step. Idempotent."""

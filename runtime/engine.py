@@ -71,7 +71,9 @@ class Engine:
                     index,
                     params,
                     make_generator(seed),
-                    IncrementalDetokenizer(self.tokenizer, context, params.skip_special_tokens),
+                    IncrementalDetokenizer(
+                        self.tokenizer, context, params.skip_special_tokens, params.keep_special_tokens
+                    ),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     History(prompt_ids, rules),
                     asks=asked(params),

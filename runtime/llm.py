@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from llmx.runtime.audio import log_mel
 from llmx.runtime.backend import Backend, open_backend, score_tokens
-from llmx.runtime.chat import ChatTemplate
+from llmx.runtime.conversation import ChatRequest, Conversations
 from llmx.runtime.driver import Driver, PieceStream
 from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel, open_encoder
 from llmx.runtime.engine import Engine
@@ -94,7 +94,7 @@ class LLM:
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
         self.engine = self._driver.engine = Engine(backend, tokenizer, prefill_chunk, manifest.seq2seq)
-        self._templates: dict[str, ChatTemplate] = {}
+        self._conversations = Conversations(folder, tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -243,31 +243,38 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         stream: bool = False,
-        **template_variables: Any,
+        **options: Any,
     ) -> RequestOutput | PieceStream:
-        """Answer a conversation through the package's chat template; `stream=True` yields pieces instead."""
-        ids = self.chat_ids(messages, **template_variables)
-        return self.stream(ids, params) if stream else self.generate([ids], params)[0]
+        """Answer a conversation through the package's chat template; `stream=True` yields pieces instead.
 
-    def chat_prompt(self, messages: Seq[Mapping[str, Any]], template: str = "default", **variables: Any) -> str:
-        """The text that the chat template makes of `messages`. Raises RequestError where there is no template."""
+        The answer is taken apart: `outputs[i].message` (a ChatMessage: content, reasoning_content, tool_calls), and
+        `delta` of each piece. Options as `chat_request`'s.
+        """
+        request = self.chat_request(messages, **options)
+        if stream:
+            return self.stream(request.token_ids, request.params(params)).map(request.reader())
+        return request.parsed(self.generate([request.token_ids], request.params(params))[0])
+
+    def chat_request(self, messages: Seq[Mapping[str, Any]], **options: Any) -> ChatRequest:
+        """What `chat` runs: the conversation's prompt, and the parser of the answer. Options:
+
+        tools: JSON schemas of functions, as OpenAI's API has them. documents: mappings with title and text.
+        chat_template: the name of one of the package's templates, or a template's text.
+        continue_final_message: go on with the last message instead of beginning a new one (a string: this field of it).
+        add_generation_prompt: end with the header of the assistant's turn (None: yes, unless continuing).
+        tool_calls, reasoning: the format of the answer (docs/chat.md), None to leave it in the text.
+        Anything else is a variable of the template. Raises RequestError.
+        """
         self.need_generation()
-        if template not in self._templates:
-            info = self.manifest.tokenizer
-            file = info.chat_template if template == "default" else info.chat_templates.get(template)
-            if file is None:
-                raise RequestError(
-                    f"The package has no chat template{'' if template == 'default' else f' named {template!r}'}; use a plain prompt."
-                )
-            source = (self.folder / file).read_text(encoding="utf-8")
-            self._templates[template] = ChatTemplate(source, info.special_tokens)
-        return self._templates[template].render(messages, **variables)
+        return self._conversations.request(messages, **options)
 
-    def chat_ids(self, messages: Seq[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def chat_prompt(self, messages: Seq[Mapping[str, Any]], **options: Any) -> str:
+        """The text that the chat template makes of `messages`; options as `chat_request`'s."""
+        return self.chat_request(messages, **options).prompt
+
+    def chat_ids(self, messages: Seq[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of `chat_prompt` (the template writes its special tokens itself)."""
-        text = self.chat_prompt(messages, **variables)
-        with span("tokenise"):
-            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.chat_request(messages, **options).token_ids
 
     def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
         """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llmx.runtime.chat_output import ChatDelta, ChatMessage
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -23,7 +25,7 @@ class CompletionOutput:
     """One continuation. `logprobs` has one entry for each of `token_ids`, where asked for.
 
     `finish_reason`: "stop" | "length" | "abort" | None while it runs. `stop_reason`: the stop string or the id of
-    `stop_token_ids` that ended it; None for the model's own end token.
+    `stop_token_ids` that ended it; None for the model's own end token. `message` is what `LLM.chat` makes of the text.
     """
 
     index: int
@@ -33,6 +35,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    message: ChatMessage | None = None
 
 
 @dataclass
@@ -104,7 +107,7 @@ class StreamPiece:
     """New text and tokens of one continuation. The last piece of each carries `finish_reason`.
 
     Text trails the tokens where their text is not certain yet, so `text` may be "" and may cover earlier tokens.
-    The last piece of a request carries its `metrics`.
+    The last piece of a request carries its `metrics`. `delta` is what the piece adds to the message of `LLM.chat`.
     """
 
     text: str
@@ -114,3 +117,4 @@ class StreamPiece:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] | None = None
     metrics: RequestMetrics | None = None
+    delta: ChatDelta | None = None

@@ -56,7 +56,7 @@ class SamplingParams:
         stop_token_ids: tokens that end the output, besides the model's own end tokens.
         ignore_eos: go on past the model's end tokens.
         logprobs: report this many most likely tokens at each step, and the chosen one (0: the chosen one alone).
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: leave special tokens out of the text, but for those of `keep_special_tokens`.
         include_stop_str_in_output: keep the matched stop string.
         prompt_logprobs: report this many most likely tokens, and the given one, at each prompt token but the first.
         typical_p: keep the tokens whose surprise is closest to the distribution's entropy, up to this probability.
@@ -71,6 +71,7 @@ class SamplingParams:
         allowed_token_ids: nothing else may come (not even an end token).
         bad_words: strings whose tokens may not come in the output.
         bad_words_ids: lists of token ids that may not come, not even begun by the prompt (transformers').
+        keep_special_tokens: ids of special tokens that stay in the text (a chat format's markers).
 
     Raises RequestError (a ValueError) naming the field and its range.
     """
@@ -102,6 +103,7 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] = ()
     bad_words_ids: Sequence[Sequence[int]] | None = None
+    keep_special_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, 256))
@@ -116,6 +118,7 @@ class SamplingParams:
                 raise RequestError(f"{name} must be true or false, and is {_show(getattr(self, name))}.")
         self._set("stop", _stop(self.stop))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOPS))
+        self._set("keep_special_tokens", _token_ids("keep_special_tokens", self.keep_special_tokens, MAX_COUNT))
         self._set("logit_bias", _bias(self.logit_bias))
         if self.allowed_token_ids is not None:
             self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_COUNT))

@@ -29,6 +29,7 @@ class SpmTokenizer(Tokenizer):
         self._leading = frozenset(facts["leading"])
         self.info = info
         self.special_ids = frozenset(facts["special"])
+        self.added_tokens = {i: self._spellings[i] for i in facts["special"] if i in self._spellings}
         self.cleans_up_spaces = info.clean_up_tokenization_spaces
         self.decoder_steps = ["SentencePiece"]
         self._byte_level = {}

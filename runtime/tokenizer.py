@@ -37,6 +37,8 @@ class Tokenizer:
         self.info = info
         #: Ids that `skip_special_tokens` leaves out of the text.
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        #: Spelling of each added token, special or not.
+        self.added_tokens: dict[int, str] = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
         # transformers ignores the flag for BPE: the clean-up is meant for WordPiece, and eats a BPE's real spaces.
         self.cleans_up_spaces = info.clean_up_tokenization_spaces and type(backend.model).__name__ != "BPE"
         self.decoder_steps = _decoder_steps(backend.decoder)
@@ -210,9 +212,16 @@ class IncrementalDetokenizer:
 
     _CONTEXT = 6  # prompt tokens that are looked at: enough for a split character and a word boundary
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        skip_special_tokens: bool = True,
+        keep_special_tokens: Sequence[int] = (),
+    ) -> None:
+        """`keep_special_tokens`: ids that stay in the text although special tokens are skipped."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids.difference(keep_special_tokens) if skip_special_tokens else frozenset()
         self._cleans = tokenizer.cleans_up_spaces
         self._held = ""  # uncleaned text that a later piece may still change
         byte_level = tokenizer.decoder_steps in (["ByteLevel"], ["ByteLevel", "Fuse"])

@@ -118,10 +118,12 @@ def test_the_readme_is_true(demo: Path) -> None:
     from llmx.cli import main
 
     text = (ROOT / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert snippets
-    for snippet in snippets:
-        exec(compile(snippet.replace("artifacts/demo", str(demo)), "README.md", "exec"), {})
+    for page in ("README.md", "docs/chat.md"):
+        snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+        assert snippets
+        names: dict[str, object] = {}
+        for snippet in snippets:
+            exec(compile(snippet.replace("artifacts/demo", str(demo)), page, "exec"), names)
     for line in re.findall(r"^llmx (.+)$", text, re.M):
         command = line.split("#")[0].split()
         shown = CliRunner().invoke(main, [command[0], "--help"]).output

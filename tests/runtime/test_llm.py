@@ -131,7 +131,29 @@ def test_chat(llm: LLM) -> None:
     with pytest.raises(RequestError, match="Roles are"):
         llm.chat([{"role": "oracle", "content": "x"}])
     with pytest.raises(RequestError, match="no chat template named"):
-        llm.chat_prompt(messages, template="rag")
+        llm.chat_prompt(messages, chat_template="rag")
+
+
+def test_chat_answers_are_taken_apart(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What news?"}]
+    # The demo model knows no tags: what it says is read as the reasoning that this template opens.
+    template = "{{ messages[0].content }}\n<think>\n"
+    out = llm.chat(messages, GREEDY, chat_template=template)
+    message = out.outputs[0].message  # type: ignore[union-attr]
+    assert message is not None and message.reasoning_content == out.outputs[0].text.strip()  # type: ignore[union-attr]
+    pieces = list(llm.chat(messages, GREEDY, chat_template=template, stream=True))  # type: ignore[arg-type]
+    assert "".join(piece.delta.reasoning_content for piece in pieces) == message.reasoning_content
+    plain = llm.chat(messages, SamplingParams(max_tokens=16, n=2, seed=1, temperature=1.0)).outputs  # type: ignore[union-attr]
+    assert [out.message.content for out in plain] == [out.text for out in plain]  # type: ignore[union-attr]
+
+
+def test_continuing_the_last_message(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What news?"}, {"role": "assistant", "content": "The king"}]
+    assert llm.chat_prompt(messages, continue_final_message=True).endswith("SECOND CITIZEN:\nThe king")
+    request = llm.chat_request(messages, continue_final_message=True)
+    assert llm.chat(messages, GREEDY, continue_final_message=True).outputs[0].text == (  # type: ignore[union-attr]
+        llm.generate([request.token_ids], GREEDY)[0].outputs[0].text
+    )
 
 
 def test_score_equals_logprobs_of_generation(llm: LLM) -> None:
@@ -197,6 +219,8 @@ def test_async_equals_sync_with_many_at_once(llm: LLM, demo: Path) -> None:
                 await aio.generate("")
             chat = await aio.chat([{"role": "user", "content": "hi"}], GREEDY)
             assert chat.outputs[0].token_ids
+            deltas = [p.delta async for p in aio.chat_stream([{"role": "user", "content": "hi"}], GREEDY)]
+            assert "".join(d.content for d in deltas if d) == chat.outputs[0].message.content  # type: ignore[union-attr]
 
     asyncio.run(work())
 

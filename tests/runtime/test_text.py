@@ -80,6 +80,15 @@ def test_random_tokens_with_broken_bytes(ids: list[int]) -> None:
     assert "".join(pieces) == tokenizer.decode(ids)
 
 
+def test_markers_stay_in_the_text_where_other_special_tokens_do_not() -> None:
+    raw = byte_level()
+    raw.add_special_tokens(["<call>", "<end>"])
+    tokenizer = Tokenizer(raw, TokenizerInfo())
+    ids = tokenizer.encode("the <call>sea<end>")
+    detokenizer = IncrementalDetokenizer(tokenizer, [], True, [raw.token_to_id("<call>")])
+    assert "".join([*(detokenizer.push(i) for i in ids), detokenizer.finish()]) == "the <call>sea"
+
+
 def test_characters_are_held_until_complete() -> None:
     tokenizer = wrapped("byte_fallback")
     ids = [b + 1 for b in "🚀".encode()]
