@@ -28,6 +28,8 @@ class Backend(Protocol):
     chunked: bool  # whether a prompt may come in several calls as cheaply as in one
     rewinds: bool  # whether a slot may go back to fewer positions than it holds
     last_hidden: np.ndarray | None  # [k, hidden] of the last prefill's asked columns, where the package has them
+    stores_state: bool  # whether `read_state` and `write_state` work
+    state_by_length: bool  # whether a prompt token's state depends on how long the prompt is
     recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
 
     def prefill(
@@ -70,6 +72,14 @@ class Backend(Protocol):
         """Make the first `length` positions of slot `target` those of `source`."""
         ...
 
+    def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        """A copy of what the slot holds at positions `start` … `end - 1`."""
+        ...
+
+    def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        """Put what `read_state` returned at the positions from `start` on, before which the slot is filled."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -79,7 +89,7 @@ class OrtBackend:
     Invariant: past and present of a state tensor are bound to the same memory, so a run updates the state in place.
     """
 
-    chunked = rewinds = True
+    chunked = rewinds = stores_state = True
     last_hidden: np.ndarray | None = None
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
@@ -87,6 +97,7 @@ class OrtBackend:
         self.slots, self.max_length = state.plan.slots, state.plan.max_length
         self.vocab_size = manifest.model.vocab_size
         self.recompute_at = manifest.model.recompute_at
+        self.state_by_length = any(t.role == "rope_lengths" for g in manifest.graphs.values() for t in g.inputs)
         self._sessions = sessions
         self._state = state
         self._device = device
@@ -150,6 +161,12 @@ class OrtBackend:
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         self._state.copy_slot(source, target, length)
+
+    def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        return self._state.read(slot, start, end)
+
+    def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        self._state.write(slot, start, state)
 
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""

@@ -25,6 +25,7 @@ class CarriedBackend:
 
     recompute_at: int | None = None
     last_hidden: np.ndarray | None = None
+    stores_state = state_by_length = False  # a prefill graph takes no state, and a recurrence cannot be cut
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], plan: StatePlan) -> None:
         self.manifest = manifest
@@ -165,6 +166,12 @@ class CarriedBackend:
         self._state[target] = list(self._state[source]) if same else self._beginning(source, length)
         self._cross[target] = self._cross[source]
         self._lengths[target] = length
+
+    def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        raise AssertionError("carried state is not kept")
+
+    def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        raise AssertionError("carried state is not kept")
 
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""

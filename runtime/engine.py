@@ -15,6 +15,7 @@ from llmx.runtime.history import History
 from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
 from llmx.runtime.sampling import Choice, choose, make_generator, needs_full_row, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
@@ -30,7 +31,12 @@ class Engine:
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, prefill_chunk: int = 192, seq2seq: Seq2SeqInfo | None = None
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        prefill_chunk: int = 192,
+        seq2seq: Seq2SeqInfo | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.backend = backend
         self.seq2seq = seq2seq
@@ -38,6 +44,9 @@ class Engine:
         self.scheduler = Scheduler(
             backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
         )
+        self.prefix_cache: PrefixCache | None = None
+        if prefix_cache_bytes > 0 and backend.stores_state:
+            self.prefix_cache = PrefixCache(backend, self.scheduler.prefill_chunk, prefix_cache_bytes)
         self._arrivals: list[Request] = []
         self._live: list[Request] = []
         self._lock = threading.Lock()
@@ -137,6 +146,17 @@ class Engine:
             self._end(kind(reason), [request])
         self._live = []
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless every resource has its owner; between steps."""
+        self.scheduler.check_integrity()
+        running = {id(s) for request in self._live for s in request.sequences if s.finish_reason is None}
+        known = [*self.scheduler.pool.held(), *self.scheduler.waiting]
+        assert {id(s) for s in known} == running, (
+            "a slot or a place of a request that has ended, or none of one that runs"
+        )
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_integrity()
+
     def _end(self, error: BaseException, requests: list[Request]) -> None:
         for request in list(requests):
             if not request.finished:
@@ -153,20 +173,20 @@ class Engine:
             assert twin.slot is not None and sequence.slot is not None
             self.backend.copy_slot(twin.slot, sequence.slot, sequence.num_prompt)
             self._advance(sequence, HostLogits(sequence.request.prompt_logits[None]), 0)
-        if plan.prefill is not None:
-            self._prefill(plan.prefill)
-        if plan.decode:
-            self._decode(plan.decode)
+        for prefill in plan.prefills:
+            if prefill.sequence.slot is not None:  # its request may have failed in this very step
+                self._prefill(prefill)
+        decoding = [s for s in plan.decode if s.slot is not None]
+        if decoding:
+            self._decode(decoding)
 
     def _admit(self, arrived: bool) -> None:
         """Take over what has arrived, and end what was cancelled."""
-        now = time.perf_counter()
         while arrived and self._arrivals:
             with self._lock:
                 request = self._arrivals.pop(0)
             self._live.append(request)
             self.scheduler.add(request)
-            request.metrics.scheduled = now
         for request in self._live:
             if request.cancelled:
                 for sequence in request.sequences:
@@ -175,8 +195,13 @@ class Engine:
         self._live = [request for request in self._live if not request.finished]
 
     def _prefill(self, plan: PrefillPlan) -> None:
-        sequence = plan.sequence
+        sequence, cache = plan.sequence, self.prefix_cache
         assert sequence.slot is not None
+        metrics = sequence.request.metrics
+        metrics.scheduled = metrics.scheduled or time.perf_counter()
+        if cache is not None:
+            metrics.num_cached_tokens = max(metrics.num_cached_tokens, cache.restore(sequence))
+            plan = self.scheduler.next_chunk(sequence)
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
         asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
@@ -186,6 +211,10 @@ class Engine:
         with span("prefill"):
             logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
         sequence.num_cached = plan.end
+        if cache is not None:
+            cache.keep(sequence, plan.start, plan.end)
+            if plan.last:
+                cache.ended(sequence)
         if scored:
             self._note_prompt_logprobs(sequence, logits, plan.start)
             logits = logits[-1:]
@@ -215,27 +244,32 @@ class Engine:
             logits = self.backend.decode(tokens, lengths, active, temperatures)
         for sequence in sequences:
             slot = sequence.slot
-            assert slot is not None
-            sequence.num_cached += 1
-            self._advance(sequence, logits, slot)
+            if slot is not None:  # else a sibling's failure has just ended its request
+                sequence.num_cached += 1
+                self._advance(sequence, logits, slot)
 
     def _asks(self, sequence: Sequence) -> float:
         """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
         return WHOLE_ROW if needs_full_row(sequence.params, sequence.history) else sequence.asks
 
     def _advance(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
-        """Choose the next token from row `row` of `logits` and find out whether the sequence goes on."""
+        """Choose the next token from row `row` of `logits` and find out whether the sequence goes on.
+
+        Whatever fails here (NaN logits, a grammar, a detokenizer) is of this request alone, and ends it alone.
+        """
+        try:
+            self._next_token(sequence, logits, row)
+        except Exception as error:
+            self._fail(sequence.request, error)
+
+    def _next_token(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
         params, info = sequence.params, self.tokenizer.info
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
         early = sequence.num_output < params.min_tokens
-        try:
-            with span("sample"):
-                choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
-                if choice is None:
-                    choice = choose(logits.row(row), params, sequence.generator, sequence.history)
-        except LlmxError as error:
-            self._fail(sequence.request, error)
-            return
+        with span("sample"):
+            choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
+            if choice is None:
+                choice = choose(logits.row(row), params, sequence.generator, sequence.history)
         self._count(sequence)
         sequence.history.append(choice.token)
         logprobs = self._note_logprobs(sequence, choice)

@@ -14,10 +14,12 @@ class FakeBackend:
     """
 
     recompute_at: int | None = None
+    state_by_length = False
     chunked = True
     last_hidden: np.ndarray | None = None
 
     def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32, rewinds: bool = True) -> None:
+        self.stores_state = rewinds
         self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
@@ -80,6 +82,15 @@ class FakeBackend:
         assert length <= len(self._written[source])
         assert self.rewinds or length == len(self._written[source])
         self._written[target] = self._written[source][:length]
+
+    def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        assert 0 <= start < end <= len(self._written[slot])
+        return [np.array(self._written[slot][start:end], np.int64)]
+
+    def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        [tokens] = state
+        for offset, token in enumerate(tokens):
+            self._write(slot, start + offset, int(token))
 
     def close(self) -> None:
         self.closed = True

@@ -49,6 +49,8 @@ class LLM:
         spin: let worker threads busy-wait between operators of a step (faster; False for shared machines).
         prefill_chunk: prompt tokens run at once; longer prompts take several steps, between which others decode.
             192 was the fastest of 64 to 512 on a CPU (causal chunks skip work that one large chunk masks).
+        prefix_cache_bytes: memory for the state of prompt prefixes, which later prompts that begin alike are spared
+            (docs/serving.md); 0: none. Packages with carried state have none.
         mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
 
     Raises PackageError, FamilyError, ProviderError, MissingDependencyError, OutOfMemoryError, RequestError.
@@ -66,6 +68,7 @@ class LLM:
         spin: bool = True,
         prefill_chunk: int = 192,
         mapped_cache: bool = True,
+        prefix_cache_bytes: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
         if prefill_chunk < 1:
@@ -86,14 +89,22 @@ class LLM:
             tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         with span("load graphs"):
             backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
-        self._setup(folder, manifest, tokenizer, backend, prefill_chunk)
+        self._setup(folder, manifest, tokenizer, backend, prefill_chunk, prefix_cache_bytes)
 
     def _setup(
-        self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, backend: Backend, prefill_chunk: int
+        self,
+        folder: Path,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        prefill_chunk: int,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
-        self.engine = self._driver.engine = Engine(backend, tokenizer, prefill_chunk, manifest.seq2seq)
+        self.engine = self._driver.engine = Engine(
+            backend, tokenizer, prefill_chunk, manifest.seq2seq, prefix_cache_bytes
+        )
         self._conversations = Conversations(folder, tokenizer)
 
     @property

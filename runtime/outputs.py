@@ -49,6 +49,7 @@ class RequestMetrics:
     finished: float = 0.0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt's, those whose state was not computed again
 
     @property
     def queue_time(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Sequence:
     asks: float = -1.0  # what a decode step is told that this sequence needs of its row (`Backend.decode`)
     slot: int | None = None
     num_cached: int = 0
+    turn: int = 0  # in which order sequences got their slots
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -75,7 +77,12 @@ class Request:
     cancelled: bool = False
     error: BaseException | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    block_keys: list[bytes] | None = None  # names of the prompt's blocks in the prefix cache, once asked for
     prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
 
     @property
     def finished(self) -> bool:
@@ -141,22 +148,28 @@ class PrefillPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: at most one chunk of a prompt, forks of finished prompts, slots to move, then one token for each row."""
+    """One step: chunks of prompts within the budget, forks of finished prompts, slots to move, then one token for each row."""
 
-    prefill: PrefillPlan | None
+    prefills: list[PrefillPlan]
     forks: list[tuple[Sequence, Sequence]]  # (holder of the prompt's state, its sibling in a new slot)
     moves: list[tuple[Sequence, int]]
     decode: list[Sequence]
 
 
 class Scheduler:
-    """First come, first served: slots go to the oldest waiting sequence, prompts are prefilled one chunk a step."""
+    """First come, first served: slots go to the oldest waiting sequence, and so do a step's prompt tokens.
+
+    `prefill_chunk` is both a chunk's size and the budget of prompt tokens in a step, beside which all others decode: a
+    step takes no longer than that however long the prompts are, so that streams go on. A chunk ends at a multiple of the
+    size, wherever the budget would end, so that a prompt is always cut at the same places.
+    """
 
     def __init__(self, slots: int, prefill_chunk: int, rewinds: bool = True) -> None:
         self.rewinds = rewinds
         self.pool = SlotPool(slots)
         self.waiting: deque[Sequence] = deque()
         self.prefill_chunk = prefill_chunk
+        self._turns = itertools.count()
 
     def add(self, request: Request) -> None:
         self.waiting.extend(request.sequences)
@@ -175,6 +188,14 @@ class Scheduler:
         self.waiting.clear()
         self.pool.clear()
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each sequence either waits or holds a slot, and holds no more state than tokens."""
+        self.pool.check_integrity()
+        assert len({id(s) for s in self.waiting}) == len(self.waiting), "a sequence waits twice"
+        assert all(s.slot is None and s.finish_reason is None for s in self.waiting)
+        for s in self.pool.held():
+            assert s.finish_reason is None and 0 <= s.num_cached <= len(s.tokens), f"slot {s.slot}"
+
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.pool.held())
@@ -189,6 +210,7 @@ class Scheduler:
                 continue  # its sibling is computing the state that this one will copy
             if not self.pool.acquire(sequence):
                 break
+            sequence.turn = next(self._turns)
             self.waiting.remove(sequence)
             twin = self._twin(sequence)
             if twin is not None:
@@ -199,12 +221,25 @@ class Scheduler:
         held = self.pool.held()
         # A sequence without output waits for its twin's prompt logits, which the engine hands it with the fork.
         decoding = [s for s in held if not s.prefilling and s.num_output > 0 and id(s) not in forked]
-        filling = next((s for s in held if s.prefilling), None)
-        prefill = None
-        if filling is not None:
-            end = min(filling.num_prompt, filling.num_cached + self.prefill_chunk)
-            prefill = PrefillPlan(filling, filling.num_cached, end)
-        return Plan(prefill, forks, moves, decoding)
+        return Plan(self._prefills(held), forks, moves, decoding)
+
+    def _prefills(self, held: list[Sequence]) -> list[PrefillPlan]:
+        """The next chunks of the oldest prompts: one in any case, more while they fit the budget."""
+        plans: list[PrefillPlan] = []
+        left = self.prefill_chunk
+        for sequence in sorted((s for s in held if s.prefilling), key=lambda s: s.turn):
+            plan = self.next_chunk(sequence)
+            left -= plan.end - plan.start
+            if plans and left < 0:
+                break
+            plans.append(plan)
+        return plans
+
+    def next_chunk(self, sequence: Sequence) -> PrefillPlan:
+        """What of the sequence's prompt is to be run next."""
+        start = sequence.num_cached
+        end = (start // self.prefill_chunk + 1) * self.prefill_chunk
+        return PrefillPlan(sequence, start, min(sequence.num_prompt, end))
 
     def _twin(self, sequence: Sequence) -> Sequence | None:
         """A sibling whose slot already holds the whole prompt's state (and no more, where state cannot be cut back)."""

@@ -107,6 +107,15 @@ class StatePool:
         for buffer in self._buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
+    def read(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        """Copies [kv_heads, end - start, head_dim] of a slot's positions, in the order of `tensors`."""
+        return [buffer[slot, :, start:end].copy() for buffer in self._buffers]
+
+    def write(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        """Put what `read` returned at the positions from `start` on."""
+        for buffer, values in zip(self._buffers, state, strict=True):
+            buffer[slot, :, start : start + values.shape[1]] = values
+
     def check_integrity(self) -> None:
         """Raises AssertionError where the buffers no longer have the planned sizes."""
         total = sum(buffer.nbytes for buffer in self._buffers)

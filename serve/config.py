@@ -31,6 +31,9 @@ class ServeConfig(BaseModel):
     prefill_chunk: int = Field(
         192, ge=1, description="Prompt tokens that one step may run beside the others' decoding."
     )
+    prefix_cache: float = Field(
+        512.0, ge=0, description="Megabytes for the state of prompt prefixes that later prompts share; 0: none."
+    )
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a slot; the next gets 429 at once.")
     max_body: float = Field(8.0, gt=0, description="Megabytes of a request body.")
     header_timeout: _Seconds = Field(10.0, description="Seconds that a client may take to send a request's headers.")

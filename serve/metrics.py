@@ -107,6 +107,8 @@ class _Engines(Collector):
         preempted = CounterMetricFamily(
             "vllm:num_preemptions", "Requests preempted: none, slots are whole.", labels=_LABEL
         )
+        queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=_LABEL)
+        hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens whose state was kept.", labels=_LABEL)
         for model in self._models:
             if model.llm.encoder is not None:
                 continue
@@ -116,4 +118,7 @@ class _Engines(Collector):
             waiting.add_metric([model.name], max(0, model.queue.taken - len(held)))
             usage.add_metric([model.name], sum(s.num_cached for s in held) / positions)
             preempted.add_metric([model.name], 0)
-        return [running, waiting, usage, preempted]
+            cache = model.llm.engine.prefix_cache
+            queries.add_metric([model.name], cache.num_queries if cache else 0)
+            hits.add_metric([model.name], cache.num_hits if cache else 0)
+        return [running, waiting, usage, preempted, queries, hits]

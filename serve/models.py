@@ -237,6 +237,7 @@ def _load(path: str, config: ServeConfig) -> LLM:
             slots=config.slots,
             threads=config.threads,
             prefill_chunk=config.prefill_chunk,
+            prefix_cache_bytes=int(config.prefix_cache * 1e6),
         )
     except LlmxError as error:
         error.args = (f"{path}: {error}" if path not in str(error) else str(error),)

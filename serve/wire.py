@@ -107,7 +107,7 @@ def usage(requests: list[Request], hidden: int = 0) -> dict[str, Any]:
     """Token counts of an answer; `hidden` tokens were generated and not shown."""
     prompt = sum(r.metrics.num_prompt_tokens for r in requests)
     output = sum(s.num_output for r in requests for s in r.sequences) - hidden
-    cached = sum(getattr(r.metrics, "num_cached_tokens", 0) for r in requests)
+    cached = sum(r.metrics.num_cached_tokens for r in requests)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": output,
