@@ -25,6 +25,7 @@ from llmx.runtime.llm import LLM
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.transcribe import Transcript
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamPiece",
+    "StructuredOutputsParams",
     "TokenLabel",
     "ToolCall",
     "Transcript",

@@ -11,6 +11,7 @@ import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
+from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.history import History
 from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.outputs import Logprob, StreamPiece
@@ -21,6 +22,7 @@ from llmx.runtime.sampling import Choice, choose, make_generator, needs_full_row
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
 from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.stopping import StopChecker
+from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 from llmx.runtime.tracing import span
 
@@ -41,6 +43,7 @@ class Engine:
         self.backend = backend
         self.seq2seq = seq2seq
         self.tokenizer = tokenizer
+        self.grammars = GrammarCompiler(tokenizer, backend.vocab_size)
         self.scheduler = Scheduler(
             backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
         )
@@ -65,6 +68,9 @@ class Engine:
         self.check_ids(prompt_ids)
         longest = self.backend.max_length
         rules = make_rules(params, self.tokenizer, self.backend.vocab_size, self.seq2seq)
+        wanted = params.structured_outputs
+        form = None if wanted is None else StructuredOutputsParams.of(wanted)
+        grammars = [None if form is None else self.grammars.compile(form) for _ in range(params.n)]
         if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
@@ -84,7 +90,7 @@ class Engine:
                         self.tokenizer, context, params.skip_special_tokens, params.keep_special_tokens
                     ),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
-                    History(prompt_ids, rules),
+                    History(prompt_ids, rules, grammars[index]),
                     asks=asked(params),
                 )
             )
@@ -223,7 +229,28 @@ class Engine:
                 sequence.request.prompt_logits = logits[0].copy()
             self._advance(sequence, HostLogits(logits), 0)
 
+    def _catch_up(self, sequence: Sequence) -> bool:
+        """Run in one chunk the tokens that a grammar has forced; whether there were any."""
+        tokens = sequence.tokens
+        if sequence.slot is None or sequence.num_cached == len(tokens) - 1:
+            return False
+        while sequence.num_cached < len(tokens):
+            start, end = sequence.num_cached, min(len(tokens), sequence.num_cached + self.scheduler.prefill_chunk)
+            last = [end - start - 1] if end == len(tokens) else []
+            # each is at its own position what a decode step would make of it, not part of a longer prompt
+            with span("prefill"):
+                logits = self.backend.prefill(
+                    sequence.slot, np.array(tokens[start:end], np.int64), start, np.array(last, np.int64), start + 1
+                )
+            sequence.num_cached = end
+        self._advance(sequence, HostLogits(logits), 0)
+        return True
+
     def _decode(self, sequences: list[Sequence]) -> None:
+        behind = [sequence for sequence in sequences if self._catch_up(sequence)]
+        sequences = [s for s in sequences if s.slot is not None and s not in behind]
+        if not sequences:
+            return
         rows = self.scheduler.pool.num_rows
         tokens, lengths, active = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, bool)
         temperatures = np.zeros(rows, np.float32)
@@ -263,30 +290,42 @@ class Engine:
             self._fail(sequence.request, error)
 
     def _next_token(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
-        params, info = sequence.params, self.tokenizer.info
-        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
-        early = sequence.num_output < params.min_tokens
+        params, history = sequence.params, sequence.history
         with span("sample"):
             choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
             if choice is None:
-                choice = choose(logits.row(row), params, sequence.generator, sequence.history)
+                choice = choose(logits.row(row), params, sequence.generator, history)
+        self._accept(sequence, choice.token, self._note_logprobs(sequence, choice))
+        # Log-probabilities of forced tokens need a step for each; so do states that take no chunks.
+        if params.logprobs is None and self.backend.chunked and self.backend.recompute_at is None:
+            while sequence.finish_reason is None and (forced := list(history.forced())):
+                for token in forced:
+                    if sequence.finish_reason is None:
+                        self._accept(sequence, token, None)
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: list[dict[int, Logprob]] | None) -> None:
+        """`token` is the next of the output: show what it says, and find out whether the sequence goes on."""
+        params, info = sequence.params, self.tokenizer.info
+        early = sequence.num_output < params.min_tokens
         self._count(sequence)
-        sequence.history.append(choice.token)
-        logprobs = self._note_logprobs(sequence, choice)
-        if choice.token in ends:
-            reason = choice.token if choice.token in params.stop_token_ids else None
+        sequence.history.append(token)
+        if token in params.stop_token_ids or (token in info.eos_token_ids and not params.ignore_eos):
+            reason = token if token in params.stop_token_ids else None
             self._finish(sequence, "stop", reason, sequence.stop.push(sequence.detokenizer.finish()), logprobs)
             return
         with span("detokenise"):
-            text = sequence.detokenizer.push(choice.token)
+            text = sequence.detokenizer.push(token)
         shown = text if early else sequence.stop.push(text)
         full = len(sequence.tokens) >= self.backend.max_length
+        grammar = sequence.history.grammar()
         if sequence.stop.matched is not None:
             self._finish(sequence, "stop", sequence.stop.matched, shown, logprobs)
+        elif grammar is not None and grammar.finished:
+            self._finish(sequence, "stop", None, shown, logprobs)
         elif full or sequence.num_output >= (params.max_tokens or 0):
             self._finish(sequence, "length", None, shown, logprobs)
         else:
-            self._emit(sequence, shown, [choice.token], logprobs)
+            self._emit(sequence, shown, [token], logprobs)
 
     def _count(self, sequence: Sequence) -> None:
         metrics, now = sequence.request.metrics, time.perf_counter()

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from llmx.runtime.grammar import Grammar
 from llmx.runtime.rules import NO_RULES, Rules
 
 
 class History:
-    """A sequence's tokens, prompt and output, and the request's `rules` about the next one.
+    """A sequence's tokens, prompt and output, and what the request says about the next one: `rules` and a grammar.
 
     `tokens` grows at its end and shrinks by `truncate` alone. Counts and n-grams are made when first asked for and
     follow the list from then on, each token once: a request without penalties pays nothing for them.
     """
 
-    def __init__(self, prompt: Sequence[int] = (), rules: Rules = NO_RULES) -> None:
+    def __init__(self, prompt: Sequence[int] = (), rules: Rules = NO_RULES, grammar: Grammar | None = None) -> None:
         self.tokens = list(prompt)
         self.num_prompt = len(self.tokens)
         self.rules = rules
+        self._grammar = grammar
         self._counts: _Counts | None = None
         self._ngrams: _NGrams | None = None
 
@@ -37,15 +39,28 @@ class History:
             self._counts.undo(self.tokens, length)
         if self._ngrams is not None:
             self._ngrams.undo(self.tokens, length)
+        if self._grammar is not None:
+            self._grammar.undo(length - self.num_prompt)
         del self.tokens[length:]
 
     def fork(self) -> History:
         """A copy that goes on by itself."""
-        twin = History((), self.rules)
+        twin = History((), self.rules, None if self._grammar is None else self._grammar.fork())
         twin.tokens, twin.num_prompt = self.tokens.copy(), self.num_prompt
         twin._counts = None if self._counts is None else self._counts.copy()
         twin._ngrams = None if self._ngrams is None else self._ngrams.copy()
         return twin
+
+    def grammar(self) -> Grammar | None:
+        """Where the output stands in its grammar; None where it has none. Raises RequestError where that broke."""
+        if self._grammar is not None:
+            self._grammar.follow(self.tokens, self.num_prompt)
+        return self._grammar
+
+    def forced(self) -> list[int]:
+        """Tokens that the grammar has come next, whatever the model says: nothing is drawn for them."""
+        grammar = self.grammar()
+        return [] if grammar is None else grammar.forced()
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [k] of all tokens so far, each once; how often each is in the output, float32 [k])."""

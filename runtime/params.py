@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any
 
 from llmx.runtime.errors import RequestError
+from llmx.runtime.structured import StructuredOutputsParams
 
 DEFAULT_MAX_TOKENS = 256
 MAX_COUNT = 2**31 - 1
@@ -72,6 +73,7 @@ class SamplingParams:
         bad_words: strings whose tokens may not come in the output.
         bad_words_ids: lists of token ids that may not come, not even begun by the prompt (transformers').
         keep_special_tokens: ids of special tokens that stay in the text (a chat format's markers).
+        structured_outputs: what the output must look like: `StructuredOutputsParams`, or a mapping of its fields.
 
     Raises RequestError (a ValueError) naming the field and its range.
     """
@@ -104,6 +106,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     bad_words_ids: Sequence[Sequence[int]] | None = None
     keep_special_tokens: Sequence[int] = ()
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, 256))
@@ -127,6 +130,8 @@ class SamplingParams:
         self._set("bad_words", _words(self.bad_words))
         if self.bad_words_ids is not None:
             self._set("bad_words_ids", _word_ids(self.bad_words_ids))
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
 

@@ -18,6 +18,7 @@ from llmx.runtime.params import SamplingParams
 from llmx.runtime.processors import has_penalties, processed
 
 _BLOCK = 1024  # probabilities summed at a time when drawing
+_FEW = 8  # a part of the vocabulary smaller than 1 / this is picked out, a larger one masked
 _NO_HISTORY = History()
 
 
@@ -59,15 +60,30 @@ def distribution(row: np.ndarray, params: SamplingParams, history: History | Non
     rules = history.rules
     if rules.forced_last is not None and history.num_output + 1 >= (params.max_tokens or 0):
         return Candidates(np.array([rules.forced_last]), np.zeros(1, np.float32))
-    values = processed(row, params, history)
-    c = all_of(values) if rules.allowed is None else Candidates(rules.allowed, values[rules.allowed])
+    forced = history.forced()
+    if forced:
+        return Candidates(np.array(forced[:1]), np.zeros(1, np.float32))
+    c = allowed(processed(row, params, history), history)
     if c.logits is not row:
-        best = int(c.logits.argmax())
-        if not np.isfinite(c.logits[best]):
+        best = int(c.logits.argmax()) if len(c.ids) else -1
+        if best < 0 or not np.isfinite(c.logits[best]):
             raise RequestError(_NOTHING_LEFT)
     if params.temperature == 0.0:
         return Candidates(c.ids[best : best + 1], c.logits[best : best + 1])
     return filtered(c, params)
+
+
+def allowed(row: np.ndarray, history: History) -> Candidates:
+    """The tokens of float32 [vocab] logits that `allowed_token_ids` and the grammar let come."""
+    ids, grammar = history.rules.allowed, history.grammar()
+    if grammar is None:
+        return all_of(row) if ids is None else Candidates(ids, row[ids])
+    mask = grammar.mask()
+    if ids is not None:
+        ids = ids[mask[ids]]
+    elif _FEW * np.count_nonzero(mask) < len(row):
+        ids = np.flatnonzero(mask)
+    return all_of(np.where(mask, row, np.float32(-np.inf))) if ids is None else Candidates(ids, row[ids])
 
 
 _BAD_LOGITS = (
@@ -96,6 +112,7 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
         or params.bad_words
         or params.bad_words_ids
         or params.allowed_token_ids is not None
+        or params.structured_outputs is not None
     ):
         return True
     if history is None:
@@ -128,11 +145,13 @@ def choose(
 ) -> Choice:
     """The next token of one row of logits [vocab]: a draw from `distribution`, which see.
 
-    At temperature 0 nothing is drawn; else exactly one number is drawn from `generator`.
+    At temperature 0, and for a token that a grammar forces, nothing is drawn; else exactly one number is drawn from
+    `generator`.
     """
     row = np.ascontiguousarray(row, dtype=np.float32)
     c = distribution(row, params, history)
-    token = int(c.ids[0]) if params.temperature == 0.0 else draw(c, generator)
+    certain = params.temperature == 0.0 or (history is not None and bool(history.forced()))
+    token = int(c.ids[0]) if certain else draw(c, generator)
     return Choice(token) if params.logprobs is None else with_logprobs(row, token, params.logprobs)
 
 

@@ -34,6 +34,9 @@ class SpmTokenizer(Tokenizer):
         self.decoder_steps = ["SentencePiece"]
         self._byte_level = {}
 
+    def source(self) -> str | None:
+        return None
+
     @staticmethod
     def load(folder: Path, info: TokenizerInfo) -> SpmTokenizer:
         """Raises PackageError for a missing or damaged file, MissingDependencyError without sentencepiece."""

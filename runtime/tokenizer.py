@@ -65,6 +65,10 @@ class Tokenizer:
         backend.no_padding()
         return Tokenizer(backend, info)
 
+    def source(self) -> str | None:
+        """The text of `tokenizer.json` as it is used; None where there is none."""
+        return str(self._backend.to_str())
+
     @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary, added ones included. The model may have more rows (padding)."""
