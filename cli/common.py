@@ -167,3 +167,12 @@ def print_table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))  # as they are: "[MASK]" is no markup
     Console().print(table)
+
+
+def quality_sentence(quality: dict[str, Any]) -> str:
+    """What quantization costs, from the manifest."""
+    return (
+        f"Beside the source on {quality['positions']:,} tokens ({quality['text']}): KL {quality['mean_kl']:.2g} nats, best "
+        f"tokens equal {quality['argmax_agreement']:.1%}, perplexity {quality['perplexity']:.3f} "
+        f"(source {quality['source_perplexity']:.3f})."
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from llmx.cli.common import quality_sentence
 from llmx.cli.signals import termination_interrupts
 from llmx.runtime.errors import MissingDependencyError
 from llmx.runtime.units import human_bytes
@@ -26,6 +27,31 @@ from llmx.runtime.units import human_bytes
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Store weights block-wise in 8 or 4 bits (docs/quantization.md).",
+)
+@click.option(
+    "--quantize-block-size", type=int, help="Values that share a scale: 16, 32, 64, 128 or 256 [default: 32]."
+)
+@click.option("--quantize-asymmetric", is_flag=True, help="Give each block a zero point: finer, and slightly larger.")
+@click.option(
+    "--quantize-head",
+    type=click.Choice(["int8", "int4", "none"]),
+    help="Of the output head and the embedding [default: int8].",
+)
+@click.option(
+    "--quantize-exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave modules of this name as they are, e.g. *.o_proj.",
+)
+@click.option(
+    "--quality-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="UTF-8 text on which to measure what quantization costs [default: text that the model writes].",
 )
 @click.option(
     "--task",
@@ -53,7 +79,7 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
     \b
     Examples:
       llmx export --model artifacts/checkpoints/demo
-      llmx export --model HuggingFaceTB/SmolLM2-135M --output artifacts/smollm2
+      llmx export --model HuggingFaceTB/SmolLM2-135M --output artifacts/smollm2 --quantize int4
       llmx export --model sentence-transformers/all-MiniLM-L6-v2 --output artifacts/minilm
       llmx export --model ./llama --adapter ./lora --target cuda --dtype bf16
     """
@@ -78,6 +104,7 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
             "bytes": size,
             "parameters": manifest.model.parameters,
             "dtype": manifest.dtype,
+            "quantization": manifest.quantization,
             "target": manifest.target,
             "verification": manifest.verification.__dict__,
             "seconds": {k: round(v, 3) for k, v in result.seconds.items()},
@@ -90,9 +117,12 @@ def command(as_json: bool, no_verify: bool, **options: Any) -> None:
         if check.status == "passed"
         else "not verified"
     )
+    kept = f"int{manifest.quantization['bits']} weights" if manifest.quantization else manifest.dtype
     click.echo(
-        f"{result.path}: {manifest.model.parameters:,} parameters, {manifest.dtype}, {human_bytes(size)}, {seconds:.1f} s; {verdict}."
+        f"{result.path}: {manifest.model.parameters:,} parameters, {kept}, {human_bytes(size)}, {seconds:.1f} s; {verdict}."
     )
+    if manifest.quantization and "quality" in manifest.quantization:
+        click.echo(quality_sentence(manifest.quantization["quality"]))
     hints = {
         "embed": "embed --onnx {} --text …",
         "classify": "classify --onnx {} --text …",
@@ -115,7 +145,26 @@ def _export(reporter: Any, **options: Any) -> Any:
             f"A library that exporting needs is installed but cannot be loaded: {reason}; "
             'pip install --force-reinstall "llmx[export]".'
         ) from None
-    return export_model(ExportOptions(**options), reporter)
+    quantize = _quantization(options)
+    return export_model(ExportOptions(**options, quantize=quantize), reporter)
+
+
+def _quantization(options: dict[str, Any]) -> Any:
+    """The QuantizationOptions of the --quantize options, which are taken out of `options`; None without --quantize."""
+    from llmx.export.quantization import QuantizationOptions
+
+    weights = options.pop("quantize")
+    given = {
+        "block_size": options.pop("quantize_block_size"),
+        "symmetric": False if options.pop("quantize_asymmetric") else None,
+        "head": options.pop("quantize_head"),
+        "exclude": options.pop("quantize_exclude") or None,
+        "quality_file": options.pop("quality_file"),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if weights is None and given:
+        raise click.UsageError("The options of quantization go with --quantize int8 or int4.")
+    return QuantizationOptions(weights, **given) if weights is not None else None
 
 
 def _need_torch() -> None:

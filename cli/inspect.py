@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from llmx.cli.common import quality_sentence
 from llmx.runtime.units import human_bytes
 
 
@@ -53,6 +54,7 @@ def describe(folder: Path, manifest: Any) -> dict[str, Any]:
         "architecture": manifest.source.get("architecture"),
         "target": manifest.target,
         "dtype": manifest.dtype,
+        "quantization": manifest.quantization,
         "parameters": manifest.model.parameters,
         "layers": manifest.model.num_layers,
         "vocabulary": manifest.model.vocab_size,
@@ -100,6 +102,11 @@ def _print(facts: dict[str, Any]) -> None:
         ("parameters", f"{facts['parameters']:,} in {facts['layers']} layers, vocabulary {facts['vocabulary']:,}"),
         ("verified", verified),
     ]
+    quantization = facts["quantization"]
+    if quantization is not None:
+        rows.append(("quantized", _quantized(quantization)))
+        if "quality" in quantization:
+            rows.append(("quality", quality_sentence(quantization["quality"])))
     encoder = facts["encoder"]
     if encoder is not None:
         rows.append(("task", f"{encoder['task']}, at most {encoder['max_length']:,} tokens"))
@@ -128,3 +135,15 @@ def _print(facts: dict[str, Any]) -> None:
     for name, size in facts["files"].items():
         files.add_row(Text(name), human_bytes(size))
     console.print(files)
+
+
+def _quantized(facts: dict[str, Any]) -> str:
+    """Kind and share of the quantized weights in one line."""
+    head = (
+        f"{facts['head_bits']} bits in head and embedding" if facts["head_bits"] else "head and embedding as they are"
+    )
+    kind = "symmetric" if facts["symmetric"] else "asymmetric"
+    return (
+        f"{facts['matrices']} matrices of {facts['parameters']:,} values to {facts['bits']} bits in {kind} blocks of "
+        f"{facts['block_size']} ({facts['method']}), {head}; {human_bytes(facts['bytes'])}"
+    )

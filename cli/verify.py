@@ -83,8 +83,7 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         ("package", report.onnx),
         ("source", report.model),
         ("kind", f"{report.family}, {report.dtype}"),
-        ("positions", f"{out['positions']:,} compared, {out['positions_past_tolerance']:,} past the tolerance"),
-        (f"max difference of {unit}", f"{out['max_abs_diff']:.3g} (allowed {out['allowed']:.3g})"),
+        *_differences(out, unit, report.graph),
         (f"mean difference of {unit}", f"{out['mean_abs_diff']:.3g}"),
     ]
     if "mean_kl" in out:
@@ -103,6 +102,24 @@ def _rows(report: Any) -> list[tuple[str, str]]:
     return rows
 
 
+def _differences(out: dict[str, Any], unit: str, graph: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """How many positions were compared and the largest difference; `graph`: of a quantized package's graph alone."""
+    if graph is None:
+        return [
+            ("positions", f"{out['positions']:,} compared, {out['positions_past_tolerance']:,} past the tolerance"),
+            (f"max difference of {unit}", f"{out['max_abs_diff']:.3g} (allowed {out['allowed']:.3g})"),
+        ]
+    past = f"{graph['positions_past_tolerance']:,} of {graph['positions']:,} positions past the tolerance"
+    return [
+        (
+            "graph",
+            f"max difference {graph['max_abs_diff']:.3g} with its own weights (allowed {graph['allowed']:.3g}); {past}",
+        ),
+        ("positions", f"{out['positions']:,} compared with the source as it is"),
+        (f"max difference of {unit}", f"{out['max_abs_diff']:.3g}"),
+    ]
+
+
 def _generation(facts: dict[str, Any]) -> str:
     lengths = facts["prompt_lengths"]
     text = f"{facts['agreement']:.2%}, {facts['identical_rows']} of {len(lengths)} rows in one ragged batch"
@@ -115,5 +132,6 @@ def _generation(facts: dict[str, Any]) -> str:
 
 def _verdict(report: Any) -> str:
     if report.passed:
-        return f"Passed: the package equals its source within {report.tolerance:g} of the largest value."
+        what = "its source" if report.graph is None else "PyTorch with its own weights"
+        return f"Passed: the package equals {what} within {report.tolerance:g} of the largest value."
     return " ".join(part for part in (f"Failed: {report.reason}", report.parting) if part)

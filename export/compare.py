@@ -6,22 +6,26 @@ computed in float32, each row alone. The package runs as in production, through 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.compare_encoders import compare_encoder, compare_seq2seq
+from llmx.export.dequantized import exact_copy, quantized_matrices, use_package_weights
 from llmx.export.differences import Differences, Spot
 from llmx.export.pair import LENGTHS, CompareOptions, Pair, Report, Stage
 from llmx.export.perplexity import perplexity, text_ids, window_length
 from llmx.export.rope import length_rule
 from llmx.export.targets import cannot_verify
-from llmx.export.verify import _LONGEST, _NEW_TOKENS, ReferencePath, _logits, reference_path
+from llmx.export.verify import _LONGEST, _NEW_TOKENS, TOLERANCE, ReferencePath, _logits, reference_path
 from llmx.export.weights import load_model
 from llmx.runtime import LLM, SamplingParams
 from llmx.runtime.backend import recompute
-from llmx.runtime.errors import CheckpointError, MachineError, RequestError, UnsupportedModelError
+from llmx.runtime.errors import CheckpointError, MachineError, RequestError, UnsupportedModelError, VerificationError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, check_hashes, load_manifest
 
@@ -58,8 +62,32 @@ def compare(options: CompareOptions, stage: Stage = lambda _: None) -> Report:
     _check_same(options, manifest, model)
     kinds = {"encoder": compare_encoder, "encoder-decoder": compare_seq2seq}
     pair = Pair(folder, manifest, checkpoint, model.float(), options)
+    compare_family = kinds.get(manifest.family, _compare_decoder)
     with torch.no_grad():
-        return kinds.get(manifest.family, _compare_decoder)(pair, stage)
+        if manifest.quantization is not None:
+            return _compare_quantized(pair, compare_family, stage)
+        return compare_family(pair, stage)
+
+
+def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Report], stage: Stage) -> Report:
+    """What quantization costs beside the source, and whether the graph equals PyTorch with the package's own weights: the
+    one is reported, the other decides.
+    """
+    report = compare_family(replace(pair, options=replace(pair.options, tolerance=math.inf)), stage)
+    report.tolerance = pair.tolerance
+    stage("Reading the quantized weights")
+    try:
+        use_package_weights(pair.model, quantized_matrices(pair.folder, pair.manifest))
+    except VerificationError as error:
+        pair.fail(report, str(error))
+        return report
+    with exact_copy(pair.folder, pair.manifest) as (folder, manifest):
+        exact = replace(pair, folder=folder, manifest=manifest, options=replace(pair.options, text=None))
+        checked = compare_family(exact, stage)
+    report.graph = checked.outputs
+    report.passed, report.reason = checked.passed, checked.reason
+    report.layer, report.parting = checked.layer, checked.parting
+    return report
 
 
 def _checkpoint(options: CompareOptions, manifest: Manifest) -> Checkpoint:
@@ -117,7 +145,7 @@ def _compare_decoder(pair: Pair, stage: Stage) -> Report:
         stage("Running the package")
         differences = Differences(pair.tolerance)
         _teacher_forced(llm.backend, paths, steps, differences)
-        generation = _generate(llm, paths, steps, pair.tolerance)
+        generation = _generate(llm, paths, steps, min(pair.tolerance, TOLERANCE[manifest.dtype]))
         measured = None
         if text is not None:
             stage("Perplexity")

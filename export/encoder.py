@@ -15,7 +15,7 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import lower
 from llmx.export.rope import by_length
 from llmx.export.verify import TOLERANCE
-from llmx.export.weights import StoredTensor, load_model, read_index
+from llmx.export.weights import StoredTensor, read_index
 from llmx.runtime.errors import CheckpointError, UnsupportedModelError, VerificationError
 from llmx.runtime.manifest import EncoderInfo, Verification
 
@@ -259,14 +259,14 @@ Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 def verify_encoder(
-    run: Run, checkpoint: Checkpoint, dtype: str, pooling: str | None, max_length: int
+    run: Run, load: Callable[[], Any], checkpoint: Checkpoint, dtype: str, pooling: str | None, max_length: int
 ) -> tuple[Verification, bool]:
     """Each row alone in PyTorch against all rows in one right-padded batch of the graph, and against each row alone.
 
     Returns what was compared, and whether rows may be padded: some models (convolutions over tokens, no mask) let padding
     into a row's output, in PyTorch as well. Raises VerificationError where a row alone differs by more than the tolerance.
     """
-    model = load_model(checkpoint, getattr(torch, dtype), attention="eager").float()
+    model = load()
     module = build_module(checkpoint, model, torch.float32, pooling)
     lengths = [n for n in _LENGTHS if n <= max_length] or [max_length]
     feeds = _verification_feeds(checkpoint, model, lengths)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
+from llmx.export.dequantized import StoredMatrix, exact_copy, quantized_matrices, use_package_weights
+from llmx.export.encoder import verify_encoder
 from llmx.export.families import write_decoder, write_encoder, write_seq2seq
 from llmx.export.package import package_folder, write_manifest
-from llmx.export.targets import TARGETS, Target
+from llmx.export.quality import decoder_quality, read_ids, written_by
+from llmx.export.seq2seq import verify_seq2seq
+from llmx.export.targets import TARGETS, Target, cannot_verify
 from llmx.export.verify import verify
+from llmx.export.weights import load_model
 from llmx.export.work import ExportOptions, ExportResult, Reporter, Stages, Work
+from llmx.runtime.backend import open_backend
+from llmx.runtime.encoder import open_encoder
 from llmx.runtime.errors import ExportError
 from llmx.runtime.manifest import Manifest, Verification
 
+_LONGEST = 2048  # positions of state that a comparison takes
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -69,45 +80,74 @@ def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> st
 def _verified(
     manifest: Manifest, folder: Path, checkpoint: Checkpoint, options: ExportOptions, reporter: Reporter
 ) -> Manifest:
-    from dataclasses import replace
-
-    from llmx.export.targets import cannot_verify
-
+    """The manifest with what the comparison with PyTorch found."""
     reason = "--no-verify was given" if not options.verify else cannot_verify(manifest)
     if reason is not None:
         return replace(manifest, verification=Verification("skipped", reason=reason))
-    from llmx.runtime.backend import open_backend
-    from llmx.runtime.encoder import open_encoder
 
+    def load() -> Any:
+        return load_model(checkpoint, getattr(torch, manifest.dtype), options.adapter).float()
+
+    if manifest.quantization is None:
+        return _compared(manifest, folder, checkpoint, options, load, reporter)
+
+    matrices = quantized_matrices(folder, manifest)
+
+    def load_rounded() -> Any:
+        model = load()
+        use_package_weights(model, matrices)
+        return model
+
+    with exact_copy(folder, manifest) as (exact_folder, exact):
+        checked = _compared(exact, exact_folder, checkpoint, options, load_rounded, reporter)
+    manifest = replace(checked, files=manifest.files)
+    if manifest.family == "decoder":
+        quality = _quality(
+            manifest, folder, load, matrices, options.quantize.quality_file if options.quantize else None
+        )
+        manifest = replace(manifest, quantization={**(manifest.quantization or {}), "quality": quality})
+    return manifest
+
+
+def _compared(
+    manifest: Manifest,
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    load: Callable[[], Any],
+    reporter: Reporter,
+) -> Manifest:
+    """The package in `folder` against the float32 model that `load` returns."""
     if manifest.encoder is not None:
-        from llmx.export.encoder import verify_encoder
-
         encoder = open_encoder(folder, manifest, device="cpu", mapped_cache=False)
         checked, pads = verify_encoder(
-            encoder.run, checkpoint, manifest.dtype, options.pooling, manifest.encoder.max_length
+            encoder.run, load, checkpoint, manifest.dtype, options.pooling, manifest.encoder.max_length
         )
         return replace(manifest, verification=checked, encoder=replace(manifest.encoder, padding=pads))
-    if manifest.seq2seq is not None:
-        from llmx.export.seq2seq import verify_seq2seq
-        from llmx.export.weights import load_model
-
-        longest = min(manifest.model.context_length, 2048)
-        backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)
-        dtype = getattr(torch, manifest.dtype)
-        result = verify_seq2seq(
-            backend,
-            lambda: load_model(checkpoint, dtype, options.adapter),
-            manifest.seq2seq,
-            manifest.dtype,
-            reporter.advance,
-        )
-        return replace(manifest, verification=result)
-    windows = sorted({t.window for t in manifest.state if t.window is not None})
-    longest = min(manifest.model.context_length, 2048)
+    longest = min(manifest.model.context_length, _LONGEST)
     backend = open_backend(folder, manifest, device="cpu", max_length=longest, slots=4, mapped_cache=False)
     try:
-        by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
-        result = verify(backend, checkpoint, options.adapter, manifest.dtype, windows, by_length, reporter.advance)
+        if manifest.seq2seq is not None:
+            result = verify_seq2seq(backend, load, manifest.seq2seq, manifest.dtype, reporter.advance)
+        else:
+            windows = sorted({t.window for t in manifest.state if t.window is not None})
+            by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
+            result = verify(backend, load, manifest.dtype, windows, by_length, reporter.advance)
     finally:
         backend.close()
     return replace(manifest, verification=result)
+
+
+def _quality(
+    manifest: Manifest, folder: Path, load: Callable[[], Any], matrices: dict[str, StoredMatrix], file: Path | None
+) -> dict[str, Any]:
+    """What quantization costs a decoder (llmx.export.quality), and on which text."""
+    model = load()
+    longest = min(manifest.model.context_length, _LONGEST)
+    texts = written_by(model, longest) if file is None else [read_ids(folder, manifest, file)]
+    backend = open_backend(folder, manifest, device="cpu", max_length=longest, mapped_cache=False)
+    try:
+        text = "written by the model" if file is None else file.name
+        return {"text": text, **decoder_quality(backend, model, matrices, texts)}
+    finally:
+        backend.close()

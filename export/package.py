@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import onnx_ir as ir
 from llmx.export.folder import check_free_space, package_folder
 from llmx.export.passes import is_parameter
+from llmx.export.quantized_graph import KEY, PREFIX
 from llmx.export.weights import SourceModel
 from llmx.export.writer import INLINE_BELOW, Progress, WeightsWriter
 from llmx.runtime.errors import ExportError
@@ -25,7 +27,6 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "weights.data"
-_PREFIX = "model."  # PrefillModule holds the model under this name
 
 
 def write_graphs(
@@ -39,9 +40,13 @@ def write_graphs(
     for model in graphs.values():
         for value in model.graph.initializers.values():
             tensor = value.const_value
+            if KEY in value.metadata_props:  # a part of a quantized matrix
+                used.add(value.metadata_props[KEY])
+                large.append((value, value.metadata_props[KEY]))
+                continue
             if tensor is None or value.name is None:
                 continue
-            bound = parameters.get(value.name.removeprefix(_PREFIX))
+            bound = parameters.get(value.name.removeprefix(PREFIX))
             assert bound is not None or not is_parameter(value), value.name
             if tensor.nbytes < INLINE_BELOW:
                 if bound is not None:  # its memory may be uninitialised: read the checkpoint's
@@ -54,13 +59,13 @@ def write_graphs(
             large.append((value, bound[0] if bound is not None else value.name))
     spans = writer.finish(used, {name: tensor.tobytes for name, tensor in further.items()}, progress)
     for value, key in large:
-        tensor = value.const_value
-        assert tensor is not None and value.name is not None
+        assert value.name is not None and value.dtype is not None and isinstance(value.shape, ir.Shape)
         offset, length = spans[key]
-        if length != tensor.nbytes:
-            raise ExportError(f"{key} has {length} bytes in the checkpoint and {tensor.nbytes} in the graph.")
+        expected = math.prod(value.shape.numpy()) * value.dtype.itemsize
+        if length != expected:
+            raise ExportError(f"{key} has {length} bytes in the checkpoint and {expected} in the graph.")
         value.const_value = ir.ExternalTensor(
-            WEIGHTS_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+            WEIGHTS_FILE, offset, length, value.dtype, shape=value.shape, name=value.name, base_dir=folder
         )
     for name, model in graphs.items():
         _strip(model)

@@ -45,7 +45,8 @@ class CompareOptions:
 class Report:
     """What was found. `outputs`: `Differences.summary` of logits or embeddings; `generation`: free-running greedy tokens
     beside transformers'; `perplexity`: of both. `layer` (from 0) and `parting` say where the two part, `reason` why the
-    comparison failed; all None where it passed.
+    comparison failed; all None where it passed. Of a quantized package, all these are beside the source as it is, and
+    `graph` beside PyTorch with the package's own weights, which decides.
     """
 
     onnx: str
@@ -57,6 +58,7 @@ class Report:
     outputs: dict[str, Any]
     generation: dict[str, Any] | None = None
     perplexity: dict[str, Any] | None = None
+    graph: dict[str, Any] | None = None
     passed: bool = True
     reason: str | None = None
     layer: int | None = None

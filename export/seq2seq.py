@@ -303,7 +303,7 @@ def verify_seq2seq(
 
     Raises VerificationError as `llmx.export.verify.verify`.
     """
-    model = load().float()
+    model = load()
     worst, positions, tolerance = 0.0, 0, 0.0
     lengths = [min(length, info.max_source_length) for length in _SOURCE_LENGTHS]
     for row, length in enumerate(lengths):

@@ -9,17 +9,20 @@ from llmx.runtime.manifest import Manifest
 
 @dataclass(frozen=True)
 class Target:
-    """`query_seqlens`: whether the provider's GroupQueryAttention takes that input. `default_dtype` None: the checkpoint's."""
+    """`query_seqlens`: whether the provider's GroupQueryAttention takes that input. `default_dtype` None: the checkpoint's.
+    `accuracy_level`: of products with quantized weights (MatMulNBits; 4 rounds activations to int8, 0 leaves them).
+    """
 
     name: str
     provider: str
     query_seqlens: bool
     default_dtype: str | None
     min_onnxruntime: str
+    accuracy_level: int = 0
 
 
 TARGETS = {
-    "cpu": Target("cpu", "CPUExecutionProvider", True, "float32", "1.32"),
+    "cpu": Target("cpu", "CPUExecutionProvider", True, "float32", "1.32", accuracy_level=4),
     # onnxruntime-gpu is one release behind: no query_seqlens before 1.32
     "cuda": Target("cuda", "CUDAExecutionProvider", False, None, "1.31"),
 }

@@ -10,15 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
 from llmx.export.rope import length_rule, untouched
-from llmx.export.weights import load_model
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.errors import VerificationError
 from llmx.runtime.manifest import Verification
@@ -48,19 +45,19 @@ class ReferencePath:
 
 def verify(
     backend: Backend,
-    checkpoint: Checkpoint,
-    adapter: Path | None,
+    load: Callable[[], Any],
     dtype: str,
     windows: list[int],
     by_length: bool,
     progress: Progress,
 ) -> Verification:
-    """Compare `backend`'s package with the checkpoint in PyTorch. `by_length`: its rotary factors depend on the length.
+    """Compare `backend`'s package with PyTorch's model, that `load` returns in float32 with its weights rounded to `dtype`.
+    `by_length`: its rotary factors depend on the length.
 
     Raises VerificationError at the first position where logits differ by more than the tolerance, or where the best
     tokens differ though PyTorch's two best lie further apart than twice the tolerance.
     """
-    model = load_model(checkpoint, getattr(torch, dtype), adapter).float()
+    model = load()
     rule = length_rule(model) if by_length else None
     whole = () if backend.chunked else (_WHOLE_PROMPT,)
     lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length, whole)

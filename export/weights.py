@@ -27,6 +27,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CHUNK = 32 << 20
+_ROWS = 16 << 20  # bytes of float32 rows at once
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class StoredTensor:
                     raise CheckpointError(f"{self.file} ends before its tensors do; download it again.")
                 done += len(raw)
                 yield raw if self.dtype == dtype else as_bytes(torch.frombuffer(raw, dtype=self.dtype), dtype)
+
+    def rows(self) -> Iterator[torch.Tensor]:
+        """The tensor as float32 [n, columns], a few rows after the other; axes before the last are one."""
+        columns, size = self.shape[-1], self.dtype.itemsize * self.shape[-1]
+        left, at = self.length // size, self.offset
+        with self.file.open("rb", buffering=0) as file:
+            while left:
+                count = min(left, max(1, _ROWS // (4 * columns)))
+                raw = bytearray(os.pread(file.fileno(), count * size, at))
+                if len(raw) != count * size:
+                    raise CheckpointError(f"{self.file} ends before its tensors do; download it again.")
+                yield torch.frombuffer(raw, dtype=self.dtype).view(count, columns).float()
+                left, at = left - count, at + count * size
 
 
 def as_bytes(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
@@ -116,6 +130,17 @@ class SourceModel:
             yield from self.stored[name].chunks(tensor.dtype)
         else:
             yield as_bytes(tensor, tensor.dtype)
+
+    def rows(self, name: str, tensor: torch.Tensor, transposed: bool = False) -> Iterator[torch.Tensor]:
+        """Parameter `name` as float32 [n, columns], a few rows after the other; `transposed`: of the matrix turned over."""
+        if transposed:
+            yield torch.cat(list(self.rows(name, tensor))).T.contiguous()
+        elif self.stored:
+            yield from self.stored[name].rows()
+        else:
+            flat = tensor.detach().reshape(-1, tensor.shape[-1])
+            for piece in flat.split(max(1, _ROWS // (4 * flat.shape[1]))):
+                yield piece.float()
 
     def parameters_by_name(self) -> dict[str, tuple[str, torch.nn.Parameter]]:
         """Every name that a parameter goes by (tied ones have several) -> (the name it is stored under, itself)."""

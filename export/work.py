@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import uncollected
 from llmx.export.package import WEIGHTS_FILE, check_free_space, describe_graph, hash_files, write_graphs
+from llmx.export.quantization import QuantizationOptions, QuantizedWeight, describe_quantization, plan_quantization
+from llmx.export.quantized_graph import quantize_graphs
 from llmx.export.targets import Target
 from llmx.export.tokenizer import TOKENIZER_FILE, generation_defaults, load_tokenizer, write_tokenizer
 from llmx.export.weights import SourceModel, build_source
@@ -42,6 +44,7 @@ class ExportOptions:
     task: str = "auto"
     with_hidden_states: bool = False
     pooling: str | None = None
+    quantize: QuantizationOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Work:
     dtype: str
     stages: Stages
     warnings: list[str]
+    quantized: list[QuantizedWeight] = field(default_factory=list)  # what the written graphs read so
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -106,9 +110,12 @@ class Work:
         self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
     ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:
         """`make` the graphs by name while the weights are written; the graphs, and what is known of the weights' file."""
-        check_free_space(self.folder, int(source.num_bytes * 1.02))
-        with WeightsWriter(self.folder / WEIGHTS_FILE, source) as writer, uncollected():
+        plan = plan_quantization(source, self.options.quantize) if self.options.quantize is not None else {}
+        with WeightsWriter(self.folder / WEIGHTS_FILE, source, plan) as writer, uncollected():
+            check_free_space(self.folder, int(writer.expected_bytes * 1.02))
             graphs = make()
+            if plan:
+                self.quantized = quantize_graphs(graphs, source, plan, self.target.accuracy_level)
             self.stages.begin("write")
             files = {graph_file(name): graph for name, graph in graphs.items()}
             write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
@@ -129,6 +136,7 @@ class Work:
             verification=Verification("skipped", reason="not verified yet"),
             files=hash_files(self.folder, hashed),
             min_onnxruntime=self.target.min_onnxruntime,
+            quantization=describe_quantization(self.quantized, source, self.options.quantize),
             **parts,
         )
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from llmx.export.quantization import Plan
 from llmx.export.weights import SourceModel
 from llmx.runtime.errors import ExportError
 
@@ -36,18 +37,19 @@ class _Stopped(Exception):  # noqa: N818 - ends the thread, and reaches nobody
 class WeightsWriter:
     """Owns `weights.data` from its first byte to its hash.
 
-    Entering starts a thread that writes every parameter of `source` that is large enough. `finish` waits for it, adds
-    further tensors and returns where each lies. Leaving the block early stops the thread. The caller leaves the
-    parameters alone meanwhile.
+    Entering starts a thread that writes every parameter of `source` that is large enough: quantized, in parts, where `plan`
+    names it. `finish` waits for it, adds further tensors and returns where each lies. Leaving the block early stops the
+    thread. The caller leaves the parameters alone meanwhile.
     """
 
-    def __init__(self, path: Path, source: SourceModel) -> None:
+    def __init__(self, path: Path, source: SourceModel, plan: Plan | None = None) -> None:
         self.path = path
         self.sha256, self.size = "", 0
         self._source = source
         self._parameters = dict(source.module.named_parameters())
-        self._large = [n for n, p in self._parameters.items() if p.nbytes >= INLINE_BELOW]
-        self._total = sum(self._parameters[name].nbytes for name in self._large)
+        self._plan = plan or {}
+        self._large = [n for n, p in self._parameters.items() if n in self._plan or p.nbytes >= INLINE_BELOW]
+        self._total = sum(sum(self._sizes(name).values()) for name in self._large)
         self._done = 0
         self._spans: dict[str, Span] = {}
         self._hash: Any = hashlib.sha256()
@@ -55,6 +57,11 @@ class WeightsWriter:
         self._error: BaseException | None = None
         self._file: Any = None
         self._thread = threading.Thread(target=self._run, name="llmx-weights", daemon=True)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of everything to write, as far as it is known beforehand."""
+        return self._total
 
     def __enter__(self) -> WeightsWriter:
         self._file = self.path.open("wb")
@@ -89,12 +96,23 @@ class WeightsWriter:
         finally:
             self._ended.set()
 
+    def _sizes(self, name: str) -> dict[str, int]:
+        """Bytes of what parameter `name` is written as: itself, or its quantized parts."""
+        return self._plan[name].sizes if name in self._plan else {name: self._parameters[name].nbytes}
+
     def _write_parameters(self, names: Iterable[str]) -> None:
         for name in names:
-            start = self._start()
-            for chunk in self._source.chunks(name, self._parameters[name]):
-                self._append(chunk)
-            self._end(name, start, self._parameters[name].nbytes)
+            if name in self._plan:
+                for part, chunks in self._plan[name].parts():
+                    self._write(part, chunks, self._plan[name].sizes[part])
+            else:
+                self._write(name, self._source.chunks(name, self._parameters[name]), self._parameters[name].nbytes)
+
+    def _write(self, key: str, chunks: Iterable[bytes | bytearray | memoryview], expected: int) -> None:
+        start = self._start()
+        for chunk in chunks:
+            self._append(chunk)
+        self._end(key, start, expected)
 
     def _sync(self) -> None:
         self._file.flush()
@@ -122,7 +140,8 @@ class WeightsWriter:
         self._spans[name] = (start, length)
 
     def finish(self, used: set[str], further: dict[str, Callable[[], bytes]], progress: Progress) -> dict[str, Span]:
-        """Offset and length of every `used` parameter and `further` tensor (name -> its bytes), the file complete.
+        """Offset and length of every `used` parameter or part of one, and of every `further` tensor (name -> its bytes), the
+        file complete. A planned parameter that is used as it is gets written as well.
 
         Raises what the thread raised: CheckpointError, ExportError or OSError.
         """
@@ -131,17 +150,17 @@ class WeightsWriter:
             self._ended.wait(0.1)
         if self._error is not None:
             raise self._error
-        unused = sum(self._parameters[name].nbytes for name in self._large if name not in used)
-        if unused > _MOST_UNUSED * self._total:
+        wanted = [name for name in self._large if used & self._sizes(name).keys()]
+        if sum(sum(self._sizes(name).values()) for name in set(self._large) - set(wanted)) > _MOST_UNUSED * self._total:
             self._file.seek(0)
             self._file.truncate()
             self._hash, self._spans = hashlib.sha256(), {}
-            self._write_parameters([name for name in self._large if name in used])
+            self._write_parameters(wanted)
+        for name in sorted(used - self._spans.keys()):
+            self._write(name, self._source.chunks(name, self._parameters[name]), self._parameters[name].nbytes)
         for name, read in further.items():
             data = read()
-            start = self._start()
-            self._append(data)
-            self._end(name, start, len(data))
+            self._write(name, [data], len(data))
         self._sync()
         self.sha256, self.size = self._hash.hexdigest(), self._file.tell()
         progress(self._total, self._total)

@@ -1,0 +1,107 @@
+"""What quantization costs: a quantized package beside its source in float32, for the manifest.
+
+Decoders are compared on text: a given one, or one that the model itself writes (drawn at temperature 1 from its start
+token), which is at hand for every model and is what it knows. Two numbers are kept apart: the whole difference to the source, and the part
+of it that rounding activations to int8 makes, which must stay small for the graph to count as right.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from llmx.export.dequantized import StoredMatrix, use_package_weights
+from llmx.export.differences import Differences
+from llmx.export.lowering import quiet
+from llmx.export.perplexity import perplexity
+from llmx.export.quantization import read_text
+from llmx.export.rope import untouched
+from llmx.runtime.backend import Backend
+from llmx.runtime.errors import ExportError, VerificationError
+from llmx.runtime.manifest import Manifest
+from llmx.runtime.tokenizer import Tokenizer
+
+#: Largest logit difference that rounding activations to int8 may make, as a part of the largest logit.
+COMPUTE_TOLERANCE = 0.1
+_ROWS, _TOKENS = 4, 64  # of the text that the model writes
+_CHUNK = 192
+_LONGEST = 1024  # tokens of a given text
+
+
+def decoder_quality(
+    backend: Backend, model: Any, matrices: dict[str, StoredMatrix], texts: list[np.ndarray]
+) -> dict[str, Any]:
+    """KL(source ‖ package) in nats, agreement of best tokens and both perplexities on `texts` (int64 [n] each).
+
+    `model`, the source in float32, is left with the package's `matrices`. Raises VerificationError where the package differs from
+    PyTorch with those by more than `COMPUTE_TOLERANCE`.
+    """
+    llm = SimpleNamespace(backend=backend, prefill_chunk=_CHUNK, max_length=backend.max_length)
+    whole, pytorch, onnx = _compare(llm, model, texts, math.inf)
+    use_package_weights(model, matrices)
+    compute, _, _ = _compare(llm, model, texts, COMPUTE_TOLERANCE)
+    if compute.first is not None:
+        raise VerificationError(
+            f"ONNX and PyTorch with the same quantized weights disagree by more than int8 activations explain: {compute.first.sentence}."
+        )
+    facts, noise = whole.summary(), compute.summary()
+    return {
+        "positions": facts["positions"],
+        "mean_kl": facts["mean_kl"],
+        "max_kl": facts["max_kl"],
+        "argmax_agreement": facts["argmax_agreement"],
+        "perplexity": onnx,
+        "source_perplexity": pytorch,
+        "compute_kl": noise["mean_kl"],
+        "compute_max_abs_diff": noise["max_abs_diff"],
+    }
+
+
+def _compare(llm: Any, model: Any, texts: list[np.ndarray], tolerance: float) -> tuple[Differences, float, float]:
+    """The differences, PyTorch's perplexity and the package's over all texts."""
+    differences = Differences(tolerance)
+    count, logs = 0, np.zeros(2)
+    for ids in texts:
+        found = perplexity(llm, model, ids, differences)
+        count += found["tokens"]
+        logs += found["tokens"] * np.log([found["pytorch"], found["onnx"]])
+    pytorch, onnx = np.exp(logs / count).tolist()
+    return differences, pytorch, onnx
+
+
+def read_ids(folder: Path, manifest: Manifest, file: Path) -> np.ndarray:
+    """The first tokens of a text file, int64 [n], as the package's tokenizer writes them. Raises ExportError."""
+    ids = Tokenizer.load(folder, manifest.tokenizer).encode(read_text(file))[:_LONGEST]
+    if len(ids) < 2:
+        raise ExportError(f"{file} has {len(ids)} token(s), and quality needs at least 2; give a longer text.")
+    return np.array(ids, np.int64)
+
+
+def written_by(model: Any, max_length: int) -> list[np.ndarray]:
+    """Texts int64 [n] that `model` draws from its start token (or from some token), the same each time."""
+    from transformers import GenerationConfig
+
+    start = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+    random = torch.Generator().manual_seed(0)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    first = (
+        torch.full((_ROWS, 1), start)
+        if isinstance(start, int) and start < vocab
+        else torch.randint(0, vocab, (_ROWS, 1), generator=random)
+    )
+    count = max(1, min(_TOKENS, max_length - 1))
+    config = GenerationConfig(
+        do_sample=True, top_k=0, temperature=1.0, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
+    )
+    with torch.no_grad(), quiet(), untouched(model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original, model.generation_config = model.generation_config, config
+        try:
+            rows = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
+        finally:
+            model.generation_config = original
+    return [row.numpy() for row in rows]

@@ -1,0 +1,173 @@
+"""Graph passes that let a graph read the quantized form of the matrices of a plan."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from llmx.export.fusions import MICROSOFT
+from llmx.export.quantization import Plan, QuantizedWeight
+from llmx.export.weights import SourceModel
+from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import RemoveUnusedOpsetsPass
+
+#: Metadata of an initializer: the key that its bytes are written under (llmx.export.writer).
+KEY = "llmx.key"
+
+PREFIX = "model."  # the traced modules hold the model under this name
+
+
+class QuantizedMatrices(InPlacePass):
+    """Products with a planned matrix become `MatMulNBits`, lookups in one `GatherBlockQuantized`.
+
+    `names`: initializer -> the stored name of its parameter. `accuracy_level`: MatMulNBits' (4: activations are rounded to
+    int8, block by block). A bias that is added to a product goes into it. What uses a matrix otherwise keeps it.
+    `used` collects the stored names that a graph reads quantized.
+    """
+
+    def __init__(self, plan: Plan, names: dict[str, str], accuracy_level: int) -> None:
+        super().__init__()
+        self.plan, self.names, self.accuracy_level = plan, names, accuracy_level
+        self.used: set[str] = set()
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            for value in node.inputs:
+                name = self.names.get(value.name or "") if value is not None and value.is_initializer() else None
+                weight = self.plan.get(name) if name is not None else None
+                if value is None or weight is None:
+                    continue
+                if _is_product(node, value, weight):
+                    self._product(model, node, value, weight)
+                elif _is_lookup(node, value, weight):
+                    self._lookup(model, node, value, weight)
+                else:
+                    continue
+                self.used.add(weight.name)
+                modified = True
+                break
+        if modified:
+            model.opset_imports.setdefault(MICROSOFT, 1)
+            for name, value in list(model.graph.initializers.items()):
+                if self.names.get(name) in self.used and not value.uses() and not value.is_graph_output():
+                    del model.graph.initializers[name]
+        return PassResult(model, modified=modified)
+
+    def _product(self, model: ir.Model, node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> None:
+        rows, columns = weight.shape
+        blocks = [
+            rows,
+            weight.scheme.blocks(columns),
+            weight.scheme.row_bytes(columns) // weight.scheme.blocks(columns),
+        ]
+        attributes = {"K": columns, "N": rows, "bits": weight.scheme.bits, "block_size": weight.scheme.block_size}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        inputs = [node.inputs[0], *_parts(model, value, weight, blocks)]
+        if len(node.inputs) > 2:
+            add, bias = None, node.inputs[2]
+        else:
+            add, bias = _bias(node.outputs[0], rows)
+        if bias is not None:
+            inputs += [None] * (5 - len(inputs)) + [bias]
+        fused = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+        last = add if add is not None else node
+        model.graph.insert_before(last, fused)
+        _replace(model, [last, *([node] if add is not None else [])], fused)
+
+    def _lookup(self, model: ir.Model, node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> None:
+        codes, scales, *zero_points = _parts(
+            model, value, weight, [weight.shape[0], weight.scheme.row_bytes(weight.shape[1])], "table"
+        )
+        attributes = {
+            "bits": weight.scheme.bits, "block_size": weight.scheme.block_size, "gather_axis": 0, "quantize_axis": 1,
+        }  # fmt: skip
+        inputs = [codes, node.inputs[1], scales, *zero_points]
+        fused = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
+        model.graph.insert_before(node, fused)
+        _replace(model, [node], fused)
+
+
+def quantize_graphs(
+    graphs: dict[str, ir.Model], source: SourceModel, plan: Plan, accuracy_level: int
+) -> list[QuantizedWeight]:
+    """Let `graphs` read the plan's matrices quantized; those that they do, in the plan's order."""
+    bound = {name: stored for name, (stored, _) in source.parameters_by_name().items()}
+    used: set[str] = set()
+    for model in graphs.values():
+        initializers = {name: bound.get(name.removeprefix(PREFIX), "") for name in model.graph.initializers}
+        rewrite = QuantizedMatrices(plan, initializers, accuracy_level)
+        rewrite(model)
+        RemoveUnusedOpsetsPass()(model)
+        used |= rewrite.used
+    return [weight for name, weight in plan.items() if name in used]
+
+
+def _replace(model: ir.Model, nodes: list[ir.Node], fused: ir.Node) -> None:
+    old, new = nodes[0].outputs[0], fused.outputs[0]
+    new.type, new.shape, name = old.type, old.shape, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    model.graph.remove(nodes, safe=True)
+    new.name = name
+
+
+def _is_product(node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> bool:
+    """Whether `node` is x @ weight^T for the weight as [rows, columns], plus a vector where it is a Gemm."""
+    if len(node.inputs) < 2 or node.inputs[1] is not value or node.inputs[0] is value:
+        return False
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    turned = given.pop("transB", 0) == 1
+    if any(v != (1.0 if k in ("alpha", "beta") else 0) for k, v in given.items()) or turned == weight.transposed:
+        return False
+    if (node.domain, node.op_type) == ("", "Gemm"):
+        return len(node.inputs) < 3 or _is_vector(node.inputs[2], weight.shape[0])
+    return (node.domain, node.op_type) in (("", "MatMul"), (MICROSOFT, "FusedMatMul"))
+
+
+def _is_vector(value: ir.Value | None, size: int) -> bool:
+    """Whether `value` is a stored vector of that size."""
+    return value is not None and value.is_initializer() and value.shape is not None and list(value.shape) == [size]
+
+
+def _is_lookup(node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> bool:
+    """Whether `node` takes rows of the table; GatherBlockQuantized has no padding for a last block that is not full."""
+    if (node.domain, node.op_type) != ("", "Gather") or node.inputs[0] is not value or weight.transposed:
+        return False
+    axis = node.attributes.get("axis")
+    return (axis is None or axis.as_int() == 0) and weight.shape[1] % weight.scheme.block_size == 0
+
+
+def _bias(product: ir.Value, rows: int) -> tuple[ir.Node | None, ir.Value | None]:
+    """The node that adds a stored vector to `product` and is its only reader, with the vector."""
+    users = list(product.uses())
+    add = users[0].node if len(users) == 1 and not product.is_graph_output() else None
+    if add is None or (add.domain, add.op_type) != ("", "Add"):
+        return None, None
+    bias = add.inputs[1] if add.inputs[0] is product else add.inputs[0]
+    return (add, bias) if _is_vector(bias, rows) else (None, None)
+
+
+def _parts(
+    model: ir.Model, value: ir.Value, weight: QuantizedWeight, codes_shape: list[int], kind: str = "codes"
+) -> list[ir.Value]:
+    """Codes, scales and, where the scheme has them, zero points of `weight` as initializers; codes of both kinds are one
+    range of the weights file, seen with two shapes.
+    """
+    assert value.dtype is not None
+    rows, columns = weight.shape
+    scheme = weight.scheme
+    wanted = [
+        (f"{value.name}.{kind}", weight.codes, codes_shape, ir.DataType.UINT8),
+        (f"{value.name}.scales", weight.scales, [rows, scheme.blocks(columns)], value.dtype),
+    ]
+    if weight.zero_points is not None:
+        shape = [rows, scheme.zero_point_bytes(columns)]
+        wanted.append((f"{value.name}.zero_points", weight.zero_points, shape, ir.DataType.UINT8))
+    values = []
+    for name, key, shape, dtype in wanted:
+        part = model.graph.initializers.get(name)
+        if part is None:
+            part = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+            part.metadata_props[KEY] = key
+            model.graph.initializers[name] = part
+        values.append(part)
+    return values
