@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +132,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def _write_templates(template: str | dict[str, str] | None, folder: Path) -> tuple[str | None, dict[str, str]]:
     """(file of the default template, name -> file of the others)."""
     templates = template if isinstance(template, dict) else {"default": template} if template else {}
-    default, named = None, {}
+    default: str | None = None
+    named: dict[str, str] = {}
     for name, text in templates.items():
         if name == "default":
             default = TEMPLATE_FILE
             (folder / default).write_text(text, encoding="utf-8")
         else:
-            named[name] = f"chat_template.{name}.jinja"
+            plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:64]  # a name may be anything, a path included
+            file = f"chat_template.{plain}.jinja"
+            named[name] = file if file not in named.values() else f"chat_template.{plain}.{len(named)}.jinja"
             (folder / named[name]).write_text(text, encoding="utf-8")
     return default, named
 

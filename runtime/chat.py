@@ -101,7 +101,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # whatever a package's template may come to
-            raise RequestError(f"The chat template refuses these messages: {_one_line(error)}") from None
+            raise RequestError(_refusal(error)) from None
         return text if ending is None else _cut_at_tag(text, ending)
 
     def _open_last(self, chat: list[dict[str, Any]], field: bool | str) -> str:
@@ -193,6 +193,16 @@ def _plain(value: Any) -> Any:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def _refusal(error: Exception) -> str:
+    """What a template came to, told to who sent the messages."""
+    from jinja2.exceptions import SecurityError, TemplateError
+
+    if type(error) in (TemplateError, SecurityError):  # raise_exception, and the sandbox
+        return f"The chat template refuses these messages: {_one_line(error)}"
+    reason = "it may not know tools, parts or one of the roles"
+    return f"The chat template fails on these messages ({reason}): {_one_line(error)}"
 
 
 @cache

@@ -100,6 +100,26 @@ def _qwen3_coder(tools: Tools) -> list[Opener]:
     return [Opener("<tool_call>", reader)]
 
 
+def _seed(tools: Tools) -> list[Opener]:
+    reader = partial(
+        TaggedCalls,
+        re.compile(r"\s*<function=(?P<name>[^<>\s]+)\s*>"),
+        "<parameter=",
+        re.compile(r"<parameter=(?P<key>[^<>\n]+)>(?P<value>.*?)</parameter>", re.DOTALL),
+        "</seed:tool_call>",
+        tools,
+        inner="</function>",
+    )
+    return [Opener("<seed:tool_call>", reader)]
+
+
+def _phi4(tools: Tools) -> list[Opener]:
+    return [
+        Opener("<|tool_call|>", partial(JsonCalls, end="<|/tool_call|>")),
+        Opener("functools", JsonCalls, first=True),
+    ]
+
+
 def _glm(tools: Tools) -> list[Opener]:
     reader = partial(
         TaggedCalls,
@@ -145,7 +165,8 @@ def _cohere(tools: Tools) -> list[Opener]:
 
 
 def _command_r(tools: Tools) -> list[Opener]:
-    return [Opener("Action: ```json", partial(JsonCalls, end="```", names=("tool_name", "name")))]
+    reader = partial(JsonCalls, end="```", names=("tool_name", "name"))
+    return [Opener(f"Action:{space}```json", reader) for space in (" ", "\n")]
 
 
 def _gemma4(tools: Tools) -> list[Opener]:
@@ -209,10 +230,11 @@ TOOL_CALLS: dict[str, ToolFormat] = {
     "hermes": ToolFormat(_hermes, _tags("tool_call"), (("<tool_call>",),)),
     "jamba": ToolFormat(_json_between("<tool_calls>", "</tool_calls>"), _tags("tool_calls"), (("<tool_calls>",),)),
     "phi4": ToolFormat(
-        _json_between("<|tool_call|>", "<|/tool_call|>"),
+        _phi4,
         ("<|tool_call|>", "<|/tool_call|>"),
-        (("<|tool_call|>", "<|/tool_call|>"), ("<|tool|>", "<|/tool|>")),
+        (("<|tool_call|>", "<|/tool_call|>"), ("<|tool|>", "<|/tool|>"), ("functools[",)),
     ),
+    "seed": ToolFormat(_seed, _tags("seed:tool_call"), (("<seed:tool_call>",),)),
     "granite": ToolFormat(_json_between("<|tool_call|>", None), ("<|tool_call|>",), (("<|tool_call|>",),)),
     "internlm": ToolFormat(
         _json_between("<|action_start|><|plugin|>", "<|action_end|>"),

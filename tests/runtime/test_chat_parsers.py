@@ -63,6 +63,9 @@ TWO_CALLS = {
     "granite": '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}, {"name": "now", "arguments": {}}]',
     "phi4": '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}, {"name": "now", '
     '"arguments": {}}]<|/tool_call|>',
+    "phi4, functools": 'functools[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}, {"name": "now", "arguments": {}}]',
+    "seed": "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Zürich</parameter>\n<parameter=days>3</parameter>\n"
+    "</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
     "jamba": '<tool_calls>[\n{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}},\n{"name": "now", '
     '"arguments": {}}\n]</tool_calls>',
     "internlm": '<|action_start|><|plugin|>\n{"name": "get_weather", "parameters": {"city": "Zürich", "days": 3}}'
@@ -125,7 +128,9 @@ def test_every_format_has_an_example() -> None:
     assert {name.split(",")[0] for name in TWO_CALLS} == {*TOOL_CALLS, "harmony"}
 
 
-@pytest.mark.parametrize("name", [n for n in TWO_CALLS if n not in ("llama3_json", "pythonic", "json", "harmony")])
+@pytest.mark.parametrize(
+    "name", [n for n in TWO_CALLS if n not in ("llama3_json", "pythonic", "json", "harmony", "phi4, functools")]
+)
 def test_text_before_and_after_calls(name: str) -> None:
     message = parse(name, "  One <b> moment.\n\n" + TWO_CALLS[name] + "\nThere you are. ")
     assert message.content == "  One <b> moment.There you are. "
