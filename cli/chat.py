@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 from llmx.cli.common import load, model_options, reason, sampling_options, sampling_params
+from llmx.cli.conversation import opening, show, template_arguments, template_options
 
 _HELP = (
     "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. "
@@ -16,9 +18,9 @@ _HELP = (
 
 @click.command(name="chat")
 @model_options
-@click.option("--system", help="A system message to begin with.")
+@template_options
 @sampling_options
-def command(system: str | None, **options: Any) -> None:
+def command(**options: Any) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /exit leaves. Ctrl-C stops an answer and
     keeps what was said so far; at the prompt, and while the model loads, it leaves with exit code 130.
 
@@ -29,23 +31,23 @@ def command(system: str | None, **options: Any) -> None:
     """
     from llmx.runtime.errors import RequestError
 
-    params = sampling_params(options)
+    params, arguments = sampling_params(options), template_arguments(options)
     with load(options) as llm:
-        opening = [{"role": "system", "content": system}] if system else []
-        llm.chat_prompt([*opening, {"role": "user", "content": "?"}])  # a package without a template is refused here
-        messages = list(opening)
+        first = opening(options)
+        llm.chat_prompt([*first, {"role": "user", "content": "?"}], **arguments)  # no template: refused here
+        messages = list(first)
         click.echo(_HELP, err=True)
         while (text := _ask()) is not None:
             if text == "/exit":
                 break
             if text == "/reset":
-                messages = list(opening)
+                messages = list(first)
                 continue
             if not text:
                 continue
             messages.append({"role": "user", "content": text})
             try:
-                messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+                messages.append(_answer(llm, messages, params, arguments))
             except RequestError as error:
                 messages.pop()
                 click.echo(f"Error: {error} (/reset starts anew)", err=True)
@@ -60,18 +62,23 @@ def _ask() -> str | None:
         raise click.UsageError(f"Standard input cannot be read as text: {reason(error)}.") from None
 
 
-def _answer(llm: Any, messages: list[dict[str, str]], params: Any) -> str:
+def _answer(llm: Any, messages: list[dict[str, Any]], params: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Stream the answer; Ctrl-C ends it and keeps what was said."""
-    text, pieces = "", None
+    from llmx.runtime import ChatMessage
+
+    message, pieces = ChatMessage(), None
     try:
-        pieces = llm.chat(messages, params, stream=True)
-        for piece in pieces:
-            text += piece.text
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
+        pieces = llm.chat(messages, params, stream=True, **arguments)
+        show(_noted(pieces, message))
     except KeyboardInterrupt:
         if pieces is not None:
             pieces.close()
         click.echo(" [stopped]", err=True)
-    sys.stdout.write("\n")
-    return text.strip()
+        sys.stdout.write("\n")
+    return {**message.to_dict(), "content": message.content.strip()}
+
+
+def _noted(pieces: Any, message: Any) -> Iterator[Any]:
+    for piece in pieces:
+        message.add(piece.delta)
+        yield piece

@@ -9,6 +9,9 @@ from typing import Any
 
 import click
 from llmx.cli.common import load, model_options, read_prompt, sampling_options, sampling_params
+from llmx.cli.conversation import opening, show, template_arguments, template_options
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(name="run")
@@ -23,6 +26,9 @@ from llmx.cli.common import load, model_options, read_prompt, sampling_options, 
 @click.option("--language", help="The language spoken, such as en [default: detected].")
 @click.option("--task", default="transcribe", show_default=True, help="transcribe, or translate into English (speech).")
 @click.option("--chat", is_flag=True, help="Send the prompt as a user message through the chat template.")
+@template_options
+@click.option("--tools", type=_FILE, help="A JSON file: a list of functions that the model may call (with --chat).")
+@click.option("--prefill", help="What the answer begins with (with --chat).")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
@@ -33,6 +39,8 @@ def command(
     language: str | None,
     task: str,
     chat: bool,
+    tools: Path | None,
+    prefill: str | None,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -45,6 +53,7 @@ def command(
       llmx run --onnx artifacts/demo --prompt "ROMEO:" --temperature 0 -n 64
       echo "Once upon a time" | llmx run --onnx artifacts/demo --json
       llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
+      llmx run --onnx artifacts/qwen --chat --prompt "Is it warm in Rome?" --tools tools.json --json
       llmx run --onnx artifacts/whisper --audio speech.wav --language en
     """
     if audio is not None:
@@ -58,18 +67,28 @@ def command(
     params = sampling_params(options)
     if not text:
         raise click.UsageError("The prompt is empty; give at least one character.")
+    arguments = template_arguments(options, tools)
+    if not chat and (arguments or options["system"] or prefill):
+        raise click.UsageError("--system, --tools, --documents, --chat-template and --prefill go with --chat.")
     llm = load(options)
     with llm:
-        request: Any = llm.chat_ids([{"role": "user", "content": text}]) if chat else text
+        request = None
+        if chat:
+            messages = [*opening(options), {"role": "user", "content": text}]
+            if prefill:
+                messages.append({"role": "assistant", "content": prefill})
+            request = llm.chat_request(messages, continue_final_message=bool(prefill), **arguments)
         if options["max_length"] is None and not quiet and not as_json:
             click.echo(
                 f"Context: {llm.max_length:,} of {llm.manifest.model.context_length:,} positions (--max-length).",
                 err=True,
             )
         if as_json:
-            _print_json(llm.generate([request], params)[0])
+            _print_json(llm.generate([text], params)[0] if request is None else llm.answer(request, params))
+        elif request is None:
+            _timings(_stream(llm.stream(text, params)), quiet)
         else:
-            _stream(llm, request, params, quiet)
+            _timings(show(llm.answer(request, params, stream=True)), quiet)
 
 
 def _transcribe(audio: Path, language: str | None, task: str, as_json: bool, options: dict[str, Any]) -> None:
@@ -82,14 +101,18 @@ def _transcribe(audio: Path, language: str | None, task: str, as_json: bool, opt
         click.echo(transcript.text)
 
 
-def _stream(llm: Any, request: Any, params: Any, quiet: bool) -> None:
+def _stream(pieces: Any) -> Any:
     metrics = None
-    for piece in llm.stream(request, params):
+    for piece in pieces:
         sys.stdout.write(piece.text)
         sys.stdout.flush()
         metrics = piece.metrics or metrics
     sys.stdout.write("\n")
     sys.stdout.flush()
+    return metrics
+
+
+def _timings(metrics: Any, quiet: bool) -> None:
     if metrics is not None and not quiet:
         click.echo(
             f"{metrics.num_prompt_tokens} prompt tokens, first token after {metrics.ttft * 1e3:.0f} ms; "
@@ -100,11 +123,13 @@ def _stream(llm: Any, request: Any, params: Any, quiet: bool) -> None:
 
 def _print_json(output: Any) -> None:
     result, metrics = output.outputs[0], output.metrics
+    message = {"message": result.message.to_dict()} if result.message is not None else {}
     click.echo(
         json.dumps(
             {
                 "prompt": output.prompt,
                 "text": result.text,
+                **message,
                 "token_ids": result.token_ids,
                 "finish_reason": result.finish_reason,
                 "stop_reason": result.stop_reason,

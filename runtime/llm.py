@@ -261,7 +261,12 @@ class LLM:
         The answer is taken apart: `outputs[i].message` (a ChatMessage: content, reasoning_content, tool_calls), and
         `delta` of each piece. Options as `chat_request`'s.
         """
-        request = self.chat_request(messages, **options)
+        return self.answer(self.chat_request(messages, **options), params, stream=stream)
+
+    def answer(
+        self, request: ChatRequest, params: SamplingParams | None = None, *, stream: bool = False
+    ) -> RequestOutput | PieceStream:
+        """As `chat`, of a request made before."""
         if stream:
             return self.stream(request.token_ids, request.params(params)).map(request.reader())
         return request.parsed(self.generate([request.token_ids], request.params(params))[0])

@@ -19,7 +19,10 @@ from llmx.serve.wire import chat_logprobs, new_id, prompt_logprobs, usage
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template"}
+_RESERVED = {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tool_calls",
+    "reasoning",
+}  # fmt: skip
 
 
 async def chat_completions(request: HttpRequest) -> Response:
