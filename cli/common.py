@@ -59,6 +59,8 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--min-p", type=float, help="Drop tokens less likely than this part of the likeliest."),
             click.option("--seed", type=int, help="Make the draws repeatable."),
+            click.option("--num-beams", type=int, help="Beams of a beam search [default: the package's, else none]."),
+            click.option("--length-penalty", type=float, help="Above 0 a beam search favours longer outputs."),
             click.option("--stop", multiple=True, help="End at this text (may be given several times)."),
             click.option("--ignore-eos", is_flag=True, help="Go on past the model's end tokens."),
         ]
@@ -69,19 +71,35 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sampling_params(options: dict[str, Any], **more: Any) -> SamplingParams:
     """The SamplingParams of `sampling_options`."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos")
+    names = (
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "ignore_eos",
+        "num_beams",
+        "length_penalty",
+    )
     return SamplingParams(stop=list(options["stop"]), **{name: options[name] for name in names}, **more)
 
 
 def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
-    """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. Raises FamilyError where it is to generate and cannot."""
+    """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. A beam search gets the slots that it
+    needs. Raises FamilyError where it is to generate and cannot.
+    """
     from llmx.runtime import LLM
+    from llmx.runtime.hub import resolve_package
+    from llmx.runtime.manifest import load_manifest
 
     with status(f"Loading {options['onnx']}"):
+        folder = resolve_package(options["onnx"], options["revision"])
+        if "num_beams" in options and not options["temperature"]:
+            slots = max(slots, options["num_beams"] or int(load_manifest(folder).generation.get("num_beams", 1)))
         llm = LLM(
-            options["onnx"],
+            folder,
             options["device"],
-            revision=options["revision"],
             max_length=options.get("max_length"),
             threads=options["threads"],
             slots=slots,

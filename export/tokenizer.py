@@ -169,7 +169,7 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 
 
 _NOT_APPLIED = (
-    "suppress_tokens", "sequence_bias", "min_new_tokens", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "suppress_tokens", "sequence_bias", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "top_h",
 )  # fmt: skip
 
@@ -192,6 +192,8 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
                 defaults[name] = float(value)
     if config.max_new_tokens:
         defaults["max_tokens"] = int(config.max_new_tokens)
+    if getattr(config, "min_new_tokens", None):
+        defaults["min_tokens"] = int(config.min_new_tokens)
     if config.repetition_penalty not in (None, 1.0):
         defaults["repetition_penalty"] = float(config.repetition_penalty)
     if config.no_repeat_ngram_size:
@@ -201,8 +203,32 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
         words = [word for word in words if len(word) > 1]
     if words:
         defaults["bad_words_ids"] = words
-    neutral: dict[str, Any] = {"num_beams": 1, **dict.fromkeys(_NOT_APPLIED)}
+    neutral: dict[str, Any] = {"num_beam_groups": 1, **dict.fromkeys(_NOT_APPLIED)}
+    if (config.num_beams or 1) > 1:
+        if config.do_sample:  # drawing beams at random is another search
+            neutral["num_beams"] = 1
+        else:
+            defaults |= {"num_beams": int(config.num_beams), "early_stopping": config.early_stopping or False}
+            defaults["length_penalty"] = 1.0 if config.length_penalty is None else float(config.length_penalty)
     if checkpoint.task == "seq2seq":
         del neutral["suppress_tokens"]
+        defaults |= _output_lengths(config)
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]
     return defaults, ignored
+
+
+def _output_lengths(config: Any) -> dict[str, int]:
+    """An encoder-decoder's output lengths. transformers counts the decoder's start token in `max_length` and
+    `min_length`, and a forced first token in all of them; a package's prompt has both.
+    """
+    forced = getattr(config, "forced_bos_token_id", None) is not None
+    found = {}
+    if config.max_new_tokens or config.max_length:
+        found["max_tokens"] = (
+            config.max_new_tokens - forced if config.max_new_tokens else config.max_length - 1 - forced
+        )
+    if getattr(config, "min_new_tokens", None) or config.min_length:
+        found["min_tokens"] = (
+            config.min_new_tokens - forced if config.min_new_tokens else config.min_length - 1 - forced
+        )
+    return {name: int(value) for name, value in found.items() if value > 0}

@@ -68,8 +68,8 @@ class Backend(Protocol):
         """
         ...
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Make the first `length` positions of slot `target` those of `source`."""
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Make the first `length` positions of slot `target` those of `source`; the first `start` are the same already."""
         ...
 
     def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
@@ -159,8 +159,8 @@ class OrtBackend:
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        self._state.copy_slot(source, target, length)
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        self._state.copy_slot(source, target, length, start)
 
     def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
         return self._state.read(slot, start, end)

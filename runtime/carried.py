@@ -161,7 +161,7 @@ class CarriedBackend:
             values.append(ort_value(ort, np.ascontiguousarray(whole.take(range(length), axis))))
         return values
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         same = length == self._lengths[source]
         self._state[target] = list(self._state[source]) if same else self._beginning(source, length)
         self._cross[target] = self._cross[source]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
+from llmx.runtime.beam_requests import advance as advance_beams
+from llmx.runtime.beam_requests import check_slots, make_group
 from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
@@ -69,8 +71,12 @@ class Engine:
         longest = self.backend.max_length
         rules = make_rules(params, self.tokenizer, self.backend.vocab_size, self.seq2seq)
         wanted = params.structured_outputs
+        searches = (params.num_beams or 1) > 1
+        if searches:
+            check_slots(params, self.backend.slots)
+        count = (params.num_beams or 1) if searches else params.n
         form = None if wanted is None else StructuredOutputsParams.of(wanted)
-        grammars = [None if form is None else self.grammars.compile(form) for _ in range(params.n)]
+        grammars = [None if form is None else self.grammars.compile(form) for _ in range(count)]
         if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
@@ -78,7 +84,7 @@ class Engine:
             )
         request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source)
         context = prompt_ids if source is None else []  # a decoder's prompt is no text that the output goes on from
-        for index in range(params.n):
+        for index in range(count):
             seed = None if params.seed is None else (params.seed + index) % 2**64
             request.sequences.append(
                 Sequence(
@@ -91,9 +97,11 @@ class Engine:
                     ),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     History(prompt_ids, rules, grammars[index]),
-                    asks=asked(params),
+                    asks=WHOLE_ROW if searches else asked(params),
                 )
             )
+        if searches:
+            request.beams = make_group(self, request)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         request.metrics.arrival = time.perf_counter()
@@ -224,7 +232,9 @@ class Engine:
         if scored:
             self._note_prompt_logprobs(sequence, logits, plan.start)
             logits = logits[-1:]
-        if plan.last:
+        if plan.last and sequence.request.beams is not None:
+            advance_beams(self, sequence.request, [logits[0]])
+        elif plan.last:
             if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
                 sequence.request.prompt_logits = logits[0].copy()
             self._advance(sequence, HostLogits(logits), 0)
@@ -273,7 +283,10 @@ class Engine:
             slot = sequence.slot
             if slot is not None:  # else a sibling's failure has just ended its request
                 sequence.num_cached += 1
-                self._advance(sequence, logits, slot)
+                if sequence.request.beams is None:
+                    self._advance(sequence, logits, slot)
+        for request in {s.request.id: s.request for s in sequences if s.request.beams is not None}.values():
+            advance_beams(self, request, [logits.row(beam.slot) for beam in request.beams.beams])
 
     def _asks(self, sequence: Sequence) -> float:
         """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
@@ -306,7 +319,7 @@ class Engine:
     def _accept(self, sequence: Sequence, token: int, logprobs: list[dict[int, Logprob]] | None) -> None:
         """`token` is the next of the output: show what it says, and find out whether the sequence goes on."""
         params, info = sequence.params, self.tokenizer.info
-        early = sequence.num_output < params.min_tokens
+        early = sequence.num_output < (params.min_tokens or 0)
         self._count(sequence)
         sequence.history.append(token)
         if token in params.stop_token_ids or (token in info.eos_token_ids and not params.ignore_eos):

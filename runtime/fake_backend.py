@@ -78,8 +78,9 @@ class FakeBackend:
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("the fake is decoder-only")
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        assert length <= len(self._written[source])
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        assert start <= length <= len(self._written[source])
+        assert self._written[target][:start] == self._written[source][:start], f"slot {target}: differs before {start}"
         assert self.rewinds or length == len(self._written[source])
         self._written[target] = self._written[source][:length]
 

@@ -421,9 +421,10 @@ def _output(request: Request) -> RequestOutput:
             s.text,
             s.output_ids,
             s.logprobs if s.params.logprobs is not None else None,
-            s.cumulative_logprob if s.params.logprobs is not None else None,
+            s.cumulative_logprob if s.params.logprobs is not None or request.beams is not None else None,
             s.finish_reason,
             s.stop_reason,
+            score=s.score,
         )
         for s in request.sequences
     ]

@@ -36,6 +36,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     message: ChatMessage | None = None
+    score: float | None = None  # of a beam search: cumulative_logprob / length ** length_penalty
 
 
 @dataclass

@@ -24,6 +24,7 @@ _GREEDY: dict[str, Any] = {
     "top_p": 1.0,
     "min_p": 0.0,
     "max_tokens": DEFAULT_MAX_TOKENS,
+    "min_tokens": 0,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
@@ -33,6 +34,9 @@ _GREEDY: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "no_repeat_ngram_size": 0,
     "bad_words_ids": (),
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
 }
 
 
@@ -59,6 +63,10 @@ class SamplingParams:
         logprobs: report this many most likely tokens at each step, and the chosen one (0: the chosen one alone).
         skip_special_tokens: leave special tokens out of the text, but for those of `keep_special_tokens`.
         include_stop_str_in_output: keep the matched stop string.
+        num_beams: beams of a beam search (temperature 0 only); 1 is none. `n` of its best outputs are returned.
+        length_penalty: a beam's score is its log-probability / length ** this: above 0 favours longer outputs.
+        early_stopping: True ends the search once there are `num_beams` outputs, False once no running beam looks better,
+            "never" once none can become better.
         prompt_logprobs: report this many most likely tokens, and the given one, at each prompt token but the first.
         typical_p: keep the tokens whose surprise is closest to the distribution's entropy, up to this probability.
         epsilon_cutoff: drop tokens less likely than this; 0 keeps all.
@@ -80,7 +88,7 @@ class SamplingParams:
 
     n: int = 1
     max_tokens: int | None = None
-    min_tokens: int = 0
+    min_tokens: int | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -107,10 +115,12 @@ class SamplingParams:
     bad_words_ids: Sequence[Sequence[int]] | None = None
     keep_special_tokens: Sequence[int] = ()
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, 256))
-        self._set("min_tokens", _integer("min_tokens", self.min_tokens, 0, MAX_COUNT))
         for name, start, end, open_low in _NUMBERS:
             self._set(name, _number(name, getattr(self, name), start, end, open_low))
         for name, low, high in _OPTIONAL_INTEGERS:
@@ -132,8 +142,20 @@ class SamplingParams:
             self._set("bad_words_ids", _word_ids(self.bad_words_ids))
         if self.structured_outputs is not None:
             self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if not (self.early_stopping is None or isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+            raise RequestError(f'early_stopping must be true, false or "never", and is {_show(self.early_stopping)}.')
+        if (self.num_beams or 1) > 1:
+            self._check_beams()
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise RequestError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).")
+
+    def _check_beams(self) -> None:
+        if self.temperature:
+            raise RequestError(f"num_beams ({self.num_beams}) needs temperature 0, and it is {self.temperature:g}.")
+        if self.structured_outputs is not None:
+            raise RequestError("num_beams and structured_outputs do not go together; leave one of them out.")
+        if self.n > (self.num_beams or 1):
+            raise RequestError(f"n ({self.n}) must not exceed num_beams ({self.num_beams}).")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else
@@ -146,12 +168,21 @@ class SamplingParams:
     def resolved(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """This request with every None that has a default filled in: from `defaults`, else greedy.
 
+        Beams go before a default temperature, and a request's temperature, or a greater n, before default beams.
         Keys of `defaults` that are no field, or whose value is None, are passed over. `seed`, `stop`, `logprobs` and
         `prompt_logprobs` stay None where neither side sets them: for these None is a value. Raises RequestError where
         the combination is invalid.
         """
         names = {f.name for f in fields(self)}
         given = {name: value for name, value in defaults.items() if name in names and value is not None}
+        if self.min_tokens is None and "min_tokens" in given:  # a default does not contradict a request
+            longest = self.max_tokens or given.get("max_tokens") or DEFAULT_MAX_TOKENS
+            given["min_tokens"] = min(given["min_tokens"], longest)
+        beams = given.get("num_beams", 1) if self.num_beams is None else self.num_beams
+        if self.num_beams is None and (self.temperature or self.n > beams or self.structured_outputs is not None):
+            given["num_beams"] = 1  # who asks for samples gets them
+        elif beams > 1:
+            given["temperature"] = 0.0
         return replace(self, **{k: v for k, v in {**_GREEDY, **given}.items() if getattr(self, k) is None})
 
 
@@ -166,10 +197,13 @@ _NUMBERS = (
     ("repetition_penalty", 0.0, 100.0, True),
     ("presence_penalty", -2.0, 2.0, False),
     ("frequency_penalty", -2.0, 2.0, False),
+    ("length_penalty", -100.0, 100.0, False),
 )
 _OPTIONAL_INTEGERS = (
     ("max_tokens", 1, MAX_COUNT),
+    ("min_tokens", 0, MAX_COUNT),
     ("top_k", -1, MAX_COUNT),
+    ("num_beams", 1, 64),
     ("seed", 0, 2**64 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),

@@ -20,7 +20,7 @@ def banned(params: SamplingParams, history: History) -> list[int]:
     ids = list(rules.suppressed)
     if rules.suppressed_first and history.num_output == 0:
         ids += rules.suppressed_first
-    if history.num_output < params.min_tokens:
+    if history.num_output < (params.min_tokens or 0):
         ids += rules.ends
     for word in rules.bad_words:
         start = len(history.tokens) - len(word.ids) + 1

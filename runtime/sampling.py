@@ -119,7 +119,7 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
         return False
     rules = history.rules
     restricted = rules.suppressed or rules.suppressed_first or rules.forced_last is not None
-    return bool(restricted) or history.num_output < params.min_tokens
+    return bool(restricted) or history.num_output < (params.min_tokens or 0)
 
 
 def draw(c: Candidates, generator: np.random.Generator) -> int:

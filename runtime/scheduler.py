@@ -33,10 +33,12 @@ class Sequence:
     slot: int | None = None
     num_cached: int = 0
     turn: int = 0  # in which order sequences got their slots
+    parked: bool = False  # holds a slot and runs nothing: a beam that waits for the prompt's state
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    score: float | None = None  # a finished beam's
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -79,6 +81,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     block_keys: list[bytes] | None = None  # names of the prompt's blocks in the prefix cache, once asked for
     prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
+    beams: Any = None  # a BeamGroup: the sequences are its beams until it is done, then its best outputs
 
     @property
     def num_prompt(self) -> int:
@@ -119,6 +122,10 @@ class SlotPool:
     def held(self) -> list[Sequence]:
         """Holders in slot order."""
         return [holder for holder in self._held if holder is not None]
+
+    @property
+    def num_free(self) -> int:
+        return self._held.count(None)
 
     @property
     def num_rows(self) -> int:
@@ -208,6 +215,10 @@ class Scheduler:
         for sequence in list(self.waiting) if admit else []:
             if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
                 continue  # its sibling is computing the state that this one will copy
+            if sequence.request.beams is not None:
+                if not self._seat(sequence.request):
+                    break
+                continue
             if not self.pool.acquire(sequence):
                 break
             sequence.turn = next(self._turns)
@@ -227,7 +238,7 @@ class Scheduler:
         """The next chunks of the oldest prompts: one in any case, more while they fit the budget."""
         plans: list[PrefillPlan] = []
         left = self.prefill_chunk
-        for sequence in sorted((s for s in held if s.prefilling), key=lambda s: s.turn):
+        for sequence in sorted((s for s in held if s.prefilling and not s.parked), key=lambda s: s.turn):
             plan = self.next_chunk(sequence)
             left -= plan.end - plan.start
             if plans and left < 0:
@@ -240,6 +251,17 @@ class Scheduler:
         start = sequence.num_cached
         end = (start // self.prefill_chunk + 1) * self.prefill_chunk
         return PrefillPlan(sequence, start, min(sequence.num_prompt, end))
+
+    def _seat(self, request: Request) -> bool:
+        """Give all beams of a request slots at once, or none: two half-seated searches would wait for each other."""
+        waiting = [s for s in request.sequences if s in self.waiting]
+        if self.pool.num_free < len(waiting):
+            return False
+        for sequence in waiting:
+            self.pool.acquire(sequence)
+            sequence.turn = next(self._turns)
+            self.waiting.remove(sequence)
+        return True
 
     def _twin(self, sequence: Sequence) -> Sequence | None:
         """A sibling whose slot already holds the whole prompt's state (and no more, where state cannot be cut back)."""

@@ -102,10 +102,10 @@ class StatePool:
         """Views of slots `first` to `first + count - 1`, in the order of `tensors`."""
         return [buffer[first : first + count] for buffer in self._buffers]
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one slot to another."""
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
+        """Copy positions `start` … `length - 1` of one slot to another."""
         for buffer in self._buffers:
-            buffer[target, :, :length] = buffer[source, :, :length]
+            buffer[target, :, start:length] = buffer[source, :, start:length]
 
     def read(self, slot: int, start: int, end: int) -> list[np.ndarray]:
         """Copies [kv_heads, end - start, head_dim] of a slot's positions, in the order of `tensors`."""

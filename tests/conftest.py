@@ -59,6 +59,24 @@ def package(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def seq2seq_package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name of a SEQ2SEQ model -> its exported package."""
+    from llmx.export import ExportOptions, export_model
+    from zoo.models import make_seq2seq, save_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            work = tmp_path_factory.mktemp(name)
+            save_checkpoint(make_seq2seq(name), work / "checkpoint")
+            made[name] = export_model(ExportOptions(str(work / "checkpoint"), work / "package")).path
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     return ROOT / "artifacts" / "checkpoints" / "demo"
 

@@ -112,23 +112,23 @@ def test_the_example_service(demo: Path, tmp_path: Path) -> None:
         server.wait(20)
 
 
-def test_the_readme_is_true(demo: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/chat.md", "docs/decoding.md"])
+def test_the_readme_is_true(page: str, demo: Path) -> None:
     """Its Python snippets run on the demo package; its llmx commands name options that exist."""
     from click.testing import CliRunner
     from llmx.cli import main
 
-    text = (ROOT / "README.md").read_text()
-    for page in ("README.md", "docs/chat.md"):
-        snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-        assert snippets
-        names: dict[str, object] = {}
-        for snippet in snippets:
-            exec(compile(snippet.replace("artifacts/demo", str(demo)), page, "exec"), names)
+    text = (ROOT / page).read_text()
+    snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert snippets
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet.replace("artifacts/demo", str(demo)), page, "exec"), names)
     for line in re.findall(r"^llmx (.+)$", text, re.M):
         command = line.split("#")[0].split()
         shown = CliRunner().invoke(main, [command[0], "--help"]).output
         for option in re.findall(r"(?<!\S)--[a-z-]+", line):
-            assert option in shown, f"README: llmx {line}"
+            assert option in shown, f"{page}: llmx {line}"
 
 
 def test_nothing_in_the_runtime_imports_torch() -> None:

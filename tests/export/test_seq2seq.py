@@ -21,21 +21,9 @@ NEW_TOKENS = 48
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {}
-
-
 @pytest.fixture
-def package(packages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    def get(name: str) -> Path:
-        if name not in packages:
-            work = tmp_path_factory.mktemp(name)
-            save_checkpoint(make_seq2seq(name), work / "checkpoint")
-            packages[name] = export_model(ExportOptions(str(work / "checkpoint"), work / "package")).path
-        return packages[name]
-
-    return get
+def package(seq2seq_package: Any) -> Any:
+    return seq2seq_package
 
 
 def sources(seed: int) -> list[list[int]]:

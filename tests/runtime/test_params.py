@@ -16,7 +16,7 @@ NAN, INF = float("nan"), float("inf")
 BAD: list[tuple[str, list[Any], str]] = [
     ("n", [0, -1, 257, 1.0, True, "1", None, NAN], "n must be a whole number from 1 to 256, and is"),
     ("max_tokens", [0, -5, 2.5, True, "9", 2**31, 10**5000, NAN], "max_tokens must be a whole number from 1 to"),
-    ("min_tokens", [-1, 1.0, False, None, 2**31], "min_tokens must be a whole number from 0 to"),
+    ("min_tokens", [-1, 1.0, False, 2**31], "min_tokens must be a whole number from 0 to"),
     (
         "temperature",
         [-0.01, NAN, INF, -INF, 101, True, "0.5", 1j, 10**400],
@@ -118,7 +118,7 @@ def test_values_are_stored_as_plain_and_immutable() -> None:
     kinds = [type(getattr(params, name)) for name in ("temperature", "top_p", "top_k", "max_tokens")]
     assert kinds == [float, float, int, int]
     assert all(type(token) is int for token in params.stop_token_ids)
-    assert hash(params) == hash(SamplingParams(1, 3, 0, 0.5, 7, 0.5, stop=("a", "b"), stop_token_ids=(3, 4)))
+    assert hash(params) == hash(SamplingParams(1, 3, None, 0.5, 7, 0.5, stop=("a", "b"), stop_token_ids=(3, 4)))
     with pytest.raises(FrozenInstanceError):
         params.n = 2  # type: ignore[misc]
 
@@ -156,7 +156,7 @@ def test_greedy_where_nothing_is_given() -> None:
 
 
 def test_the_caller_wins_over_the_package_over_greedy() -> None:
-    package = {"temperature": 0.8, "top_k": 50, "max_tokens": None, "num_beams": 4, "top_p": 0.9}
+    package = {"temperature": 0.8, "top_k": 50, "max_tokens": None, "unknown": 4, "top_p": 0.9}
     params = SamplingParams(top_k=0, top_p=1.0).resolved(package)
     assert (params.temperature, params.top_k, params.top_p, params.min_p, params.max_tokens) == (0.8, 0, 1.0, 0.0, 256)
     again = params.resolved({"temperature": 0.1, "max_tokens": 3})
@@ -166,3 +166,15 @@ def test_the_caller_wins_over_the_package_over_greedy() -> None:
 def test_a_package_default_out_of_range_is_refused() -> None:
     with pytest.raises(RequestError, match="top_p"):
         SamplingParams().resolved({"top_p": 7.0})
+
+
+def test_default_beams_and_lengths() -> None:
+    """A request's wish for samples goes before the package's beams, and a default length does not contradict a request."""
+    beams = {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "min_tokens": 56, "temperature": 0.7}
+    found = SamplingParams().resolved(beams)
+    assert (found.num_beams, found.length_penalty, found.early_stopping, found.temperature) == (4, 2.0, True, 0.0)
+    assert (found.min_tokens, SamplingParams(max_tokens=11).resolved(beams).min_tokens) == (56, 11)
+    assert SamplingParams(n=4).resolved(beams).num_beams == 4
+    for options in ({"temperature": 0.5}, {"n": 5}, {"num_beams": 1}):
+        assert SamplingParams(**options).resolved(beams).num_beams == 1  # type: ignore[arg-type]
+    assert SamplingParams(num_beams=2).resolved({"temperature": 0.7}).temperature == 0.0

@@ -35,10 +35,10 @@ class Recorded(FakeBackend):
         (self.anew.add if prompt_length == AT + 1 else self.anew.discard)(slot)
         return super().prefill(slot, token_ids, start, positions, prompt_length)
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         self.copies.append((length, source in self.anew))
         (self.anew.add if source in self.anew else self.anew.discard)(target)
-        super().copy_slot(source, target, length)
+        super().copy_slot(source, target, length, start)
 
 
 def run(prompt: list[int], **options: Any) -> tuple[Recorded, list[list[int]]]:
