@@ -115,12 +115,18 @@ def _add_routes(app: FastAPI) -> None:
 async def _failed(request: Request, error: Exception) -> Response:
     """Every error in OpenAI's shape. What nobody foresaw is raised on, to be logged with its traceback."""
     if isinstance(error, HTTPException):
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        return ApiError(error.status_code, code, str(error.detail), headers=dict(error.headers or {})).response()
+        path = f"{request.method} {request.url.path[:200]}"
+        code, message = {
+            404: ("not_found", f"There is no {path} here; /docs lists what there is."),
+            405: ("method_not_allowed", f"{path} is not how this path is used; /docs says how."),
+        }.get(error.status_code, ("http_error", f"{error.detail}."))
+        return ApiError(error.status_code, code, message, headers=dict(error.headers or {})).response()
     if not isinstance(error, ApiError | LlmxError | TimeoutError):
         raise error
     request.state.error = error
-    return api_error(error, _FIELDS, _PROMPT.get(request.url.path)).response()
+    answer = api_error(error, _FIELDS, _PROMPT.get(request.url.path))
+    answer.param = getattr(request.state, "aliases", {}).get(answer.param, answer.param)
+    return answer.response()
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -6,29 +6,27 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llmx.runtime import StreamPiece
+from llmx.runtime import SamplingParams, StreamPiece
+from llmx.runtime.conversation import ChatRequest as ChatPrompt
 from llmx.serve.body import read
 from llmx.serve.common import respond
 from llmx.serve.errors import bad_request
 from llmx.serve.fields import sampling_params
 from llmx.serve.models import Generation, Model, Wanted
-from llmx.serve.prompts import chat_ids, plain_messages
+from llmx.serve.prompts import chat_request
 from llmx.serve.protocol import ChatRequest
 from llmx.serve.sse import event
+from llmx.serve.structure import CALL_FORMAT, check_supported, of_calls, of_format, required_tools
 from llmx.serve.wire import chat_logprobs, new_id, prompt_logprobs, usage
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-
-_RESERVED = {
-    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tool_calls",
-    "reasoning",
-}  # fmt: skip
 
 
 async def chat_completions(request: HttpRequest) -> Response:
     body = await read(request, ChatRequest)
     model: Model = request.app.state.models.get(body.model)
     chat = Chat(model, body)
+    request.state.aliases = chat.aliases
     return await respond(
         request, model, (body.n or 1, "n"), chat.prepare, chat.answer, chat.events if body.stream else None
     )
@@ -40,6 +38,7 @@ class Chat:
     def __init__(self, model: Model, body: ChatRequest) -> None:
         self.model, self.body = model, body
         self.id, self.created = new_id("chatcmpl"), int(time.time())
+        self.request: ChatPrompt  # once prepared
         self.top = (body.top_logprobs or 0) if body.logprobs else 0
         self._check()
 
@@ -49,42 +48,52 @@ class Chat:
             raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream: true.", "stream_options")
-        if body.response_format is not None and body.response_format.type != "text":
+        self.form, self.called = of_format(body.response_format), required_tools(body)
+        check_supported(self.form, "response_format")
+        if self.called:
+            single = len(self.called) == 1 and body.tool_choice != "required"
+            self.form = of_calls(self.called, single or body.parallel_tool_calls is False)
+            check_supported(self.form, "tool_choice")
+        if self.form is not None and body.structured_outputs is not None:
             raise bad_request(
-                "response_format is not supported by this version.", "response_format", "unsupported_parameter"
+                "structured_outputs goes with neither response_format nor tool_choice.", "structured_outputs"
             )
-        if body.tool_choice not in (None, "none", "auto"):
-            raise bad_request(
-                "tool_choice must be none or auto in this version.", "tool_choice", "unsupported_parameter"
-            )
-        reserved = _RESERVED & set(body.chat_template_kwargs or {})
-        if reserved:
-            raise bad_request(f"chat_template_kwargs must not hold {sorted(reserved)[0]}.", "chat_template_kwargs")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """SamplingParams' names of what this request calls otherwise."""
+        named = {"structured_outputs": "tools" if self.called else "response_format"} if self.form is not None else {}
+        return {
+            **named,
+            **({"max_tokens": "max_completion_tokens"} if self.body.max_completion_tokens is not None else {}),
+        }
 
     def prepare(self) -> Wanted:
         """Runs in a thread."""
-        body, llm = self.body, self.model.llm
+        body = self.body
         variables: dict[str, Any] = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables["reasoning_effort"] = body.reasoning_effort
-        ids = chat_ids(
-            llm,
-            plain_messages(body.messages),
+        self.request = chat_request(
+            self.model.llm,
+            body.messages,
             None if body.tool_choice == "none" else body.tools,
+            variables,
             documents=body.documents,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
-            **variables,
+            **({"tool_calls": CALL_FORMAT} if self.called else {}),
         )
-        return [(ids, self._params(len(ids)))]
+        return [(self.request.token_ids, self._params(len(self.request.token_ids)))]
 
-    def _params(self, num_prompt: int) -> Any:
+    def _params(self, num_prompt: int) -> SamplingParams:
         body, llm = self.body, self.model.llm
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         if most is None:
             most = llm.manifest.generation.get("max_tokens") or max(1, llm.max_length - num_prompt)
         logprobs = self.top if body.logprobs else None
-        return sampling_params(body, max_tokens=most, logprobs=logprobs)
+        form = {} if self.form is None else {"structured_outputs": self.form}
+        return self.request.params(sampling_params(body, max_tokens=most, logprobs=logprobs, **form))
 
     # -- one answer ---------------------------------------------------------------------------------------------------
 
@@ -97,12 +106,15 @@ class Chat:
                 if self.body.logprobs
                 else None
             )
+            parser = self.request.parser()
+            parser.finish(sequence.text)
+            message = parser.message
             choices.append(
                 {
                     "index": sequence.index,
-                    "message": {"role": "assistant", "content": sequence.text, "refusal": None},
+                    "message": {**message.to_dict(), "refusal": None},
                     "logprobs": None if content is None else {"content": content, "refusal": None},
-                    "finish_reason": sequence.finish_reason,
+                    "finish_reason": _reason(sequence.finish_reason, bool(message.tool_calls)),
                     "stop_reason": sequence.stop_reason,
                 }
             )
@@ -125,17 +137,21 @@ class Chat:
         for index in range(self.body.n or 1):
             delta = {"role": "assistant", "content": ""}
             yield event({**head, "choices": [self._choice(index, delta)], **more})
-        async for _, piece in generation.pieces():
-            if piece.text or piece.finish_reason or piece.logprobs:
+        read, called = self.request.reader(), set()
+        async for _, plain in generation.pieces():
+            piece = read(plain)
+            if piece.delta is not None and piece.delta.tool_calls:
+                called.add(piece.index)
+            if piece.delta or piece.finish_reason or piece.logprobs:
                 if running:
                     more = {"usage": usage(generation.requests)}
-                yield event({**head, "choices": [self._chunk(piece)], **more})
+                yield event({**head, "choices": [self._chunk(piece, piece.index in called)], **more})
         if with_usage:
             yield event({**head, "choices": [], "usage": usage(generation.requests)})
 
-    def _chunk(self, piece: StreamPiece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-        choice = self._choice(piece.index, delta, piece.finish_reason)
+    def _chunk(self, piece: StreamPiece, called: bool) -> dict[str, Any]:
+        delta = piece.delta.to_dict() if piece.delta else {}
+        choice = self._choice(piece.index, delta, _reason(piece.finish_reason, called))
         if self.body.logprobs and piece.logprobs:
             content = chat_logprobs(self.model.llm.tokenizer, piece.token_ids, piece.logprobs, self.top)
             choice["logprobs"] = {"content": content, "refusal": None}
@@ -146,3 +162,8 @@ class Chat:
     @staticmethod
     def _choice(index: int, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def _reason(reason: str | None, called: bool) -> str | None:
+    """OpenAI says tool_calls where the model stopped to call a tool; a cut answer stays "length"."""
+    return "tool_calls" if called and reason == "stop" else reason

@@ -15,6 +15,7 @@ from llmx.serve.fields import sampling_params
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.protocol import CompletionRequest
 from llmx.serve.sse import event
+from llmx.serve.structure import check_supported, of_format
 from llmx.serve.wire import LegacyLogprobs, new_id, prompt_logprobs, usage
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -27,6 +28,8 @@ async def completions(request: HttpRequest) -> Response:
     body = await read(request, CompletionRequest)
     model: Model = request.app.state.models.get(body.model)
     completion = Completion(model, body)
+    if completion.form is not None:
+        request.state.aliases = {"structured_outputs": "response_format"}
     places = len(completion.prompts) * completion.n, "n" if completion.n > 1 else "prompt"
     return await respond(
         request, model, places, completion.prepare, completion.answer, completion.events if body.stream else None
@@ -53,16 +56,16 @@ class Completion:
             raise bad_request("max_tokens must be at least 1 (0 goes with echo: true).", "max_tokens")
         if body.stream_options is not None and not body.stream:
             raise bad_request("stream_options needs stream: true.", "stream_options")
-        if body.response_format is not None and body.response_format.type != "text":
-            raise bad_request(
-                "response_format is not supported by this version.", "response_format", "unsupported_parameter"
-            )
+        self.form = of_format(body.response_format)
+        check_supported(self.form, "response_format")
 
     def prepare(self) -> Wanted:
         """Runs in a thread."""
         body = self.body
         most = 1 if self.silent else DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         given: dict[str, Any] = {"max_tokens": most, "logprobs": body.logprobs}
+        if self.form is not None:
+            given["structured_outputs"] = self.form
         if body.echo and body.logprobs is not None:
             given["prompt_logprobs"] = body.logprobs
         params = sampling_params(body, **given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from llmx.runtime.errors import (
@@ -15,6 +16,7 @@ from llmx.runtime.errors import (
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+_NAMED = re.compile(r"(?:each (?:\w+ )?of )?(\w+)")  # how a RequestError begins: "each of stop_token_ids must …"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -57,9 +59,9 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
     if isinstance(error, ContextLengthError):
         return ApiError(400, "context_length_exceeded", str(error), prompt)
     if isinstance(error, RequestError):
-        words = str(error).replace("each of ", "").replace("[", " ").replace(".", " ").split()
-        first = words[0] if words else ""
-        return ApiError(400, "invalid_value", str(error), first if first in fields else prompt)
+        named = _NAMED.match(str(error))
+        field = named[1] if named is not None and named[1] in fields else prompt
+        return ApiError(400, "invalid_value", str(error), field)
     if isinstance(error, FamilyError):
         return ApiError(400, "unsupported_model", str(error), "model")
     if isinstance(error, TimeoutError):

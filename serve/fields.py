@@ -11,9 +11,9 @@ from llmx.serve.errors import bad_request
 from pydantic import BaseModel, ConfigDict, create_model
 
 #: SamplingParams' fields that have a meaning, or a form, of their own in the API.
-_OWN = {"n", "max_tokens", "logprobs", "stop", "prompt_logprobs", "logit_bias"}
+_OWN = {"n", "max_tokens", "logprobs", "stop", "prompt_logprobs", "logit_bias", "structured_outputs"}
 #: OpenAI's sampling fields: declared whether or not SamplingParams has them yet.
-_OPENAI = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}}
+_OPENAI: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "structured_outputs": {}}
 
 
 class Body(BaseModel):
@@ -76,6 +76,7 @@ class Sampling(SamplingFields):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 def sampling_params(body: Sampling, **given: Any) -> SamplingParams:

@@ -10,15 +10,31 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llmx.runtime import LLM
+from llmx.runtime.conversation import ChatRequest
 from llmx.serve.errors import bad_request
 from llmx.serve.protocol import Message, Tool
 
+#: What a request may not set as a template's variable: the API's own fields, and what the server chooses.
+RESERVED = frozenset(
+    [
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tool_calls",
+        "reasoning",
+    ]
+)
+
 
 def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """As templates read them: text parts joined to one text, tool calls' arguments as objects. Raises ApiError."""
+    """As templates read them: text parts joined to one text. Raises ApiError."""
     return [_plain(message, index) for index, message in enumerate(messages)]
 
 
@@ -42,29 +58,25 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         if getattr(message, name) is not None:
             plain[name] = getattr(message, name)
     if message.tool_calls:
-        plain["tool_calls"] = [_tool_call(call.model_dump(exclude_none=True)) for call in message.tool_calls]
+        plain["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
     return plain
 
 
-def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Templates want arguments as an object, the API has them as JSON text; what is no JSON object stays text."""
-    import json
-
-    try:
-        arguments = json.loads(call["function"]["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        return call
-    if isinstance(arguments, dict):
-        call["function"]["arguments"] = arguments
-    return call
-
-
-def chat_ids(llm: LLM, messages: list[dict[str, Any]], tools: list[Tool] | None, **variables: Any) -> list[int]:
-    """Token ids of a conversation. Raises RequestError where the template refuses it."""
-    plain_tools = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+def chat_request(
+    llm: LLM, messages: list[Message], tools: list[Tool] | None, variables: dict[str, Any] | None, **options: Any
+) -> ChatRequest:
+    """A conversation, ready to run. `variables` are the template's. Raises ApiError, and RequestError where the template
+    refuses the messages.
+    """
+    reserved = RESERVED & set(variables or {})
+    if reserved:
+        raise bad_request(f"chat_template_kwargs must not hold {sorted(reserved)[0]}.", "chat_template_kwargs")
     guard = Guard(llm)
-    text = llm.chat_prompt(guard.hide(messages), tools=guard.hide(plain_tools), **variables)
-    return guard.encode(text)
+    plain_tools = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+    request = llm.chat_request(
+        guard.hide(plain_messages(messages)), tools=guard.hide(plain_tools), **options, **(variables or {})
+    )
+    return replace(request, token_ids=guard.encode(request.prompt)) if guard.hides else request
 
 
 class Guard:
@@ -91,10 +103,13 @@ class Guard:
         self._hidden.append(match[0])
         return f"{self._mark}{len(self._hidden) - 1}\ue001"
 
+    @property
+    def hides(self) -> bool:
+        """Whether anything was hidden."""
+        return bool(self._hidden)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered template; hidden special tokens as plain characters."""
-        if not self._hidden:
-            return self._tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         for index, piece in enumerate(re.split(re.escape(self._mark) + r"(\d+)\ue001", text)):
             if index % 2:

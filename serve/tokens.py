@@ -6,7 +6,7 @@ from llmx.runtime import LLM
 from llmx.serve.body import read
 from llmx.serve.errors import bad_request
 from llmx.serve.models import Model
-from llmx.serve.prompts import chat_ids, plain_messages
+from llmx.serve.prompts import chat_request
 from llmx.serve.protocol import DetokenizeRequest, TokenizeRequest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,14 +27,14 @@ async def tokenize(request: Request) -> Response:
 def _ids(llm: LLM, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         return llm.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    return chat_ids(
+    return chat_request(
         llm,
-        plain_messages(body.messages or []),
+        body.messages or [],
         body.tools,
+        body.chat_template_kwargs,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
-        **(body.chat_template_kwargs or {}),
-    )
+    ).token_ids
 
 
 async def detokenize(request: Request) -> Response:

@@ -24,6 +24,10 @@ class Running:
     http: httpx.Client
 
     @property
+    def address(self) -> tuple[str, int]:
+        return self.http.base_url.host, int(self.http.base_url.port or 80)
+
+    @property
     def engine(self) -> Any:
         return next(iter(self.models)).llm.engine
 

@@ -1,0 +1,390 @@
+"""Load, leaving clients, faults, draining, restarts, metrics, settings."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from click.testing import CliRunner
+from harness import Running, running
+from llmx.cli.serve import read_config
+from llmx.runtime import LLM, RequestError, SamplingParams
+from llmx.serve import ServeConfig, load_models
+from prometheus_client.parser import text_string_to_metric_families
+
+Serving = Callable[..., Running]
+LONG = {"prompt": "ROMEO:", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.002)
+
+
+# -- clients that leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot_within_a_step(serving: Serving, stream: bool) -> None:
+    server = serving(slots=1)
+    engine = server.engine
+    for _ in range(3):
+        with socket.create_connection(server.address) as raw:
+            body = json.dumps({**LONG, "stream": stream}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            raw.sendall(head.encode() + body)
+            until(lambda: bool(engine.scheduler.pool.held()))
+            [sequence] = engine.scheduler.pool.held()
+            until(lambda sequence=sequence: sequence.num_output > 3)
+        until(lambda sequence=sequence: sequence.request.cancelled)
+        seen = sequence.num_output
+        until(lambda sequence=sequence: sequence.slot is None)
+        assert sequence.num_output <= seen + 1
+        server.wait_idle()
+
+
+def test_a_client_that_leaves_while_it_waits_gives_its_place_back(serving: Serving) -> None:
+    server = serving(slots=1, max_queue=1)
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as first:
+        next(first.iter_bytes())
+        with pytest.raises(httpx.ReadTimeout):
+            server.post("/v1/completions", LONG, timeout=0.3)
+        until(lambda: next(iter(server.models)).queue.taken == 1)
+    server.wait_idle()
+
+
+def test_a_reader_that_stops_reading_holds_nobody_up(serving: Serving) -> None:
+    """Its slot is free when its answer is complete, read or not; others go on meanwhile."""
+    server = serving(slots=2)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(server.address)
+        body = json.dumps({**LONG, "stream": True, "logprobs": 5}).encode()
+        raw.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        until(lambda: bool(server.engine.scheduler.pool.held()))
+        assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 5}).status_code == 200
+        until(lambda: server.engine.scheduler.pool.held() == [], 30)
+    server.wait_idle()
+
+
+# -- load -------------------------------------------------------------------------------------------------------------
+
+
+def test_overload_is_refused_at_once_and_the_others_are_served(serving: Serving, demo: Path) -> None:
+    server = serving(slots=2, max_queue=2)
+    with LLM(demo) as llm:
+        greedy = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+        expected = llm.generate("ROMEO:", greedy)[0].outputs[0].text
+
+    async def work() -> list[tuple[int, str, dict[str, str]]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+
+            async def one() -> tuple[int, str, dict[str, str]]:
+                answer = await client.post("/v1/completions", json={**LONG, "max_tokens": 150})
+                return answer.status_code, answer.text, dict(answer.headers)
+
+            return await asyncio.gather(*(one() for _ in range(40)))
+
+    answers = asyncio.run(work())
+    accepted = [json.loads(text) for status, text, _ in answers if status == 200]
+    refused = [(text, headers) for status, text, headers in answers if status == 429]
+    assert len(accepted) >= 4 and len(accepted) + len(refused) == 40 and len(refused) >= 20
+    assert {answer["choices"][0]["text"] for answer in accepted} == {expected}
+    for text, headers in refused:
+        assert int(headers["retry-after"]) >= 1 and json.loads(text)["error"]["code"] == "rate_limit_exceeded"
+    server.wait_idle()
+
+
+def test_more_continuations_than_there_are_places(serving: Serving) -> None:
+    server = serving(slots=2, max_queue=2)
+    answer = server.post("/v1/completions", {"prompt": ["x"] * 5, "max_tokens": 1})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert len(server.post("/v1/completions", {"prompt": ["x"] * 4, "max_tokens": 1}).json()["choices"]) == 4
+    server.wait_idle()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_tokenising_does_not_hold_the_loop(serving: Serving, path: str) -> None:
+    """However long a text takes, the others are answered meanwhile."""
+    server = serving()
+    tokenizer, go_on = next(iter(server.models)).llm.tokenizer, threading.Event()
+    original = tokenizer.encode
+    entered = threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> list[int]:
+        entered.set()
+        assert go_on.wait(30)
+        return original(*arguments, **options)
+
+    tokenizer.encode = slow  # type: ignore[method-assign]
+    body = {"prompt": "x", "max_tokens": 1} if path == "/v1/completions" else {"prompt": "x"}
+    if "chat" in path:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(server.post(path, body)))
+    thread.start()
+    assert entered.wait(30)
+    with httpx.Client(base_url=server.url, timeout=30) as other:
+        assert other.get("/health").status_code == 200
+        assert other.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 2}).status_code == 200
+    assert not answers
+    go_on.set()
+    thread.join(30)
+    assert answers[0].status_code == 200
+
+
+def test_a_prefix_that_was_seen_is_reported(serving: Serving) -> None:
+    server = serving(prefill_chunk=16)
+    body = {"prompt": "ROMEO: " + "the sea " * 40, "max_tokens": 3, "temperature": 0}
+    first, second = (server.post("/v1/completions", body).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= 16 and cached % 16 == 0
+    off = serving(prefill_chunk=16, prefix_cache=0)
+    for _ in range(2):
+        assert off.post("/v1/completions", body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_inside_a_request_ends_it_alone(serving: Serving) -> None:
+    """NaN logits in one slot: that stream gets an error event, its neighbour its answer, the server goes on."""
+    server = serving(slots=2)
+    engine = server.engine
+    good = server.post("/v1/completions", {**LONG, "max_tokens": 60}).json()["choices"][0]["text"]
+    original = engine.backend.prefill
+
+    def prefill(slot: int, tokens: np.ndarray, *rest: Any) -> np.ndarray:
+        logits = original(slot, tokens, *rest)
+        return logits * np.float32(np.nan) if len(tokens) == 3 else logits
+
+    engine.backend.prefill = prefill
+    bad = {"prompt": [5, 6, 7], "max_tokens": 5}
+    answers: list[httpx.Response] = []
+    neighbour = threading.Thread(
+        target=lambda: answers.append(server.post("/v1/completions", {**LONG, "max_tokens": 60}))
+    )
+    neighbour.start()
+    whole = server.post("/v1/completions", bad)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500, "model_error")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+    with pytest.raises(openai.APIError, match="NaN"):
+        list(client.completions.create(model="demo", stream=True, **bad))  # type: ignore[call-overload]
+    raw = server.post("/v1/completions", {**bad, "stream": True}).text
+    assert raw.startswith("event: error\ndata: {") and raw.endswith("data: [DONE]\n\n")
+    neighbour.join()
+    assert answers[0].json()["choices"][0]["text"] == good
+    server.wait_idle()
+    assert server.http.get("/health").status_code == 200
+
+
+def test_an_error_that_nobody_foresaw(serving: Serving) -> None:
+    server = serving()
+    engine = server.engine
+    original = engine.check_ids
+    engine.check_ids = None
+    answer = server.post("/v1/completions", {"prompt": "x"})
+    engine.check_ids = original
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "NoneType" not in answer.text
+    server.wait_idle()
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_request_that_takes_too_long(serving: Serving) -> None:
+    server = serving(request_timeout=0.2)
+    whole = server.post("/v1/completions", LONG)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
+    streamed = server.post("/v1/completions", {**LONG, "stream": True}).text
+    assert '"code":"timeout"' in streamed and streamed.endswith("data: [DONE]\n\n")
+    server.wait_idle()
+
+
+# -- metrics and settings ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_have_vllms_names(serving: Serving) -> None:
+    server = serving()
+    for _ in range(2):
+        server.post("/v1/completions", {"prompt": "ROMEO:", "max_tokens": 5, "temperature": 0})
+    text = server.http.get("/metrics").text
+    samples = {
+        (s.name, s.labels.get("finished_reason")): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+        if s.labels.get("le", "+Inf") == "+Inf"
+    }
+    assert samples["vllm:request_success_total", "length"] == 2
+    assert samples["vllm:prompt_tokens_total", None] == 4 and samples["vllm:generation_tokens_total", None] == 10
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "inter_token_latency_seconds",
+                 "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds"):  # fmt: skip
+        assert samples[f"vllm:{name}_count", None] == 2, name
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_hits_total",
+                 "prefix_cache_queries_total", "num_preemptions_total"):  # fmt: skip
+        assert (f"vllm:{name}", None) in samples, name
+
+
+def test_several_packages(demo: Path, encoder: Callable[[str], Path]) -> None:
+    config = ServeConfig(onnx=[f"chat={demo}", f"vectors={encoder('embed')}", f"judge={encoder('rerank')}"], slots=2)
+    with running(config) as server:
+        assert [m["id"] for m in server.http.get("/v1/models").json()["data"]] == ["chat", "vectors", "judge"]
+        assert server.post("/v1/completions", {"model": "chat", "prompt": "x", "max_tokens": 1}).status_code == 200
+        assert server.post("/v1/embeddings", {"model": "vectors", "input": [[4, 5], [6]]}).status_code == 200
+        documents = ["the sea", "another text", "x"]
+        answer = server.post(
+            "/v1/rerank", {"model": "judge", "query": "sea", "documents": documents, "top_n": 2}
+        ).json()
+        with LLM(encoder("rerank")) as llm:
+            expected = llm.rerank("sea", documents, top_n=2)
+        assert [(r["index"], r["relevance_score"], r["document"]["text"]) for r in answer["results"]] == [
+            (r.index, pytest.approx(r.score), r.document) for r in expected
+        ]
+        refused = server.post("/v1/embeddings", {"model": "vectors", "input": "word " * 500})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    with pytest.raises(RequestError, match="Two packages are named 'demo'"):
+        load_models(ServeConfig(onnx=[f"demo={demo}", f"demo={demo}"]))
+
+
+def test_tokenize_and_detokenize(served: Running, demo: Path) -> None:
+    with LLM(demo) as llm:
+        ids = llm.tokenizer.encode("ROMEO: my lord")
+        chat = llm.chat_ids([{"role": "user", "content": "hi"}])
+    answer = served.post("/tokenize", {"prompt": "ROMEO: my lord", "return_token_strs": True}).json()
+    assert (answer["tokens"], answer["count"], len(answer["token_strs"])) == (ids, len(ids), len(ids))
+    assert served.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]}).json()["tokens"] == chat
+    assert served.post("/detokenize", {"tokens": ids}).json() == {"prompt": "ROMEO: my lord"}
+
+
+def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('onnx = ["a"]\nport = 1\nslots = 3\nmax_queue = 7\napi_key = ["k"]\n')
+    monkeypatch.setenv("LLMX_SLOTS", "4")
+    monkeypatch.setenv("LLMX_PORT", "2")
+    monkeypatch.setenv("LLMX_CORS_ORIGIN", '["https://x"]')
+    config = read_config({"port": 3}, file)
+    assert (config.port, config.slots, config.max_queue, config.onnx) == (3, 4, 7, ["a"])
+    assert config.cors_origin == ["https://x"] and config.api_key[0].get_secret_value() == "k"
+    assert "k'" not in repr(config.api_key)
+    for given, content, message in (
+        ({"port": 99999}, "", r"--port \(LLMX_PORT\)"),
+        ({}, "potr = 1", "potr"),
+        ({}, "port =", "cannot be read"),
+    ):
+        file.write_text(content)
+        with pytest.raises(RequestError, match=message):
+            read_config(given, file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to serve"),
+        (["--onnx", "/nowhere"], "/nowhere"),
+        (["--onnx", "x", "--slots", "0"], "--slots (LLMX_SLOTS)"),
+    ],
+)
+def test_what_cannot_be_served_is_said(arguments: list[str], message: str) -> None:
+    from llmx.cli import main
+
+    result = CliRunner().invoke(main, ["serve", *arguments])
+    assert result.exit_code in (1, 2) and message in result.output and "Traceback" not in result.output
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def process(demo: Path, port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "llmx.cli", "serve", "--onnx", f"demo={demo}", "--port", str(port), *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        wait_for(port, server)
+        yield server
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def wait_for(port: int, server: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
+            return
+        except httpx.TransportError:
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_sigterm_lets_running_requests_end(demo: Path) -> None:
+    port = free_port()
+    with process(demo, port) as server, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            kept = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+            server.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(httpx.ConnectError):
+                kept.get("/health")
+            text = list(lines)
+        assert text[-2:] == ["data: [DONE]", ""] and '"finish_reason":"length"' in text[-4]
+        assert server.wait(20) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        errors = server.stderr.read() if server.stderr else ""
+    lines_ = [json.loads(line) for line in errors.splitlines()]
+    assert [line["status"] for line in lines_ if line["message"] == "request" and "completions" in line["path"]] == [
+        200
+    ]
+
+
+def test_clients_retry_over_a_kill_and_a_restart(demo: Path) -> None:
+    port = free_port()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=10, timeout=30)
+    options = {
+        "model": "demo",
+        "prompt": "ROMEO:",
+        "max_tokens": 400,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    texts: list[str] = []
+    with process(demo, port) as first:
+        texts.append(client.completions.create(**options).choices[0].text)  # type: ignore[call-overload]
+        thread = threading.Thread(
+            target=lambda: texts.append(client.completions.create(**options).choices[0].text)  # type: ignore[call-overload]
+        )
+        thread.start()
+        time.sleep(0.1)
+        first.kill()
+    with process(demo, port):
+        thread.join(60)
+    assert len(texts) == 2 and texts[0] == texts[1]
