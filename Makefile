@@ -29,8 +29,8 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p build/types/llmx && for p in export runtime serve cli; do ln -sfn ../../../$$p build/types/llmx/$$p; done
-	$(BIN)/mypy -p llmx.runtime -p llmx.export -p llmx.serve -p llmx.cli
+	mkdir -p build/types/llmx && for p in export runtime serve bench cli; do ln -sfn ../../../$$p build/types/llmx/$$p; done
+	$(BIN)/mypy -p llmx.runtime -p llmx.export -p llmx.serve -p llmx.bench -p llmx.cli
 	$(BIN)/python benchmarks/page.py --check
 
 # Every architecture that transformers has: docs/coverage.md. Resumable; `sweep.py --again TYPE …` runs some once more.

@@ -92,8 +92,9 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
     from llmx.runtime import LLM
     from llmx.runtime.hub import resolve_package
     from llmx.runtime.manifest import load_manifest
+    from llmx.runtime.tracing import span
 
-    with status(f"Loading {options['onnx']}"):
+    with status(f"Loading {options['onnx']}"), span("load"):
         folder = resolve_package(options["onnx"], options["revision"])
         if "num_beams" in options and not options["temperature"]:
             slots = max(slots, options["num_beams"] or int(load_manifest(folder).generation.get("num_beams", 1)))

@@ -77,7 +77,7 @@ def describe(folder: Path, manifest: Any) -> dict[str, Any]:
 
 def operators(path: Path) -> dict[str, int]:
     """Operator counts of a graph file, read from its protobuf (no onnx package needed)."""
-    from llmx.cli.protobuf import graph_operators
+    from llmx.runtime.protobuf import graph_operators
 
     return dict(Counter(graph_operators(path.read_bytes())).most_common())
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from llmx.cli.common import load, model_options, read_prompt, sampling_options, sampling_params
 from llmx.cli.conversation import opening, show, template_arguments, template_options
+from llmx.cli.profile import profile_option
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -32,6 +33,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
+@profile_option
 def command(
     prompt: str | None,
     prompt_file: Path | None,
@@ -55,6 +57,7 @@ def command(
       llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
       llmx run --onnx artifacts/qwen --chat --prompt "Is it warm in Rome?" --tools tools.json --json
       llmx run --onnx artifacts/whisper --audio speech.wav --language en
+      llmx run --onnx artifacts/demo --prompt "ROMEO:" --profile trace.json
     """
     if audio is not None:
         if prompt is not None or prompt_file is not None or chat:

@@ -29,14 +29,15 @@ def _offline_and_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name of a TINY model -> its checkpoint folder."""
-    from zoo.models import make_model, save_checkpoint
+    """name of a TINY or SEQ2SEQ model -> its checkpoint folder."""
+    from zoo.models import SEQ2SEQ, make_model, make_seq2seq, save_checkpoint
 
     made: dict[str, Path] = {}
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = save_checkpoint(make_model(name), tmp_path_factory.mktemp("checkpoints") / name)
+            model = make_seq2seq(name) if name in SEQ2SEQ else make_model(name)
+            made[name] = save_checkpoint(model, tmp_path_factory.mktemp("checkpoints") / name)
         return made[name]
 
     return get
@@ -44,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
-    """name of a TINY model -> its exported package, verified while exporting."""
+    """name of a TINY or SEQ2SEQ model -> its exported package, verified while exporting."""
     from llmx.export import ExportOptions, export_model
 
     made: dict[str, Path] = {}

@@ -1,0 +1,1 @@
+"""llmx.bench: how fast a package runs on this machine, and where the time goes. No PyTorch."""
