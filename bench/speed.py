@@ -73,18 +73,44 @@ def run_once(llm: LLM, point: Point, rng: np.random.Generator) -> Run:
     return batch.result()
 
 
+class _Depth:
+    """A backend that cuts each prompt at `depth`, and notes when a slot has got there and what came after it took."""
+
+    def __init__(self, backend: Any, depth: int) -> None:
+        self._backend, self._depth = backend, depth
+        self.reached: list[float] = []  # in the order of the prompts
+        self.seconds = 0.0  # in prefill calls past the depth
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, *more: Any) -> np.ndarray:
+        before = min(max(self._depth - start, 0), len(token_ids))
+        if before:
+            logits = self._backend.prefill(slot, token_ids[:before], start, np.zeros(0, np.int64), *more)
+        if start < self._depth <= start + before:
+            self.reached.append(time.perf_counter())
+        if before < len(token_ids):
+            begin = time.perf_counter()
+            logits = self._backend.prefill(slot, token_ids[before:], start + before, positions - before, *more)
+            self.seconds += time.perf_counter() - begin
+        result: np.ndarray = logits
+        return result
+
+
 class _Batch:
     """The requests of one repetition, driven step by step."""
 
     def __init__(self, llm: LLM, point: Point, rng: np.random.Generator) -> None:
         self.llm, self.point = llm, point
-        self.chunk = llm.engine.scheduler.prefill_chunk
+        self.marks: Any = _Depth(llm.backend, point.depth) if point.depth and llm.backend.chunked else llm.backend
+        chunk = llm.engine.scheduler.prefill_chunk
         self.tokens: list[list[tuple[float, int]]] = [[] for _ in range(point.batch)]  # when, and in which step
         self.ends: list[float] = []  # of the steps
         self.starts: list[float] = []
         self.requests: list[Request] = []
         room = llm.max_length - point.depth - point.prompt
-        chunks = -(-(point.depth + point.prompt) // self.chunk) + (point.depth > 0)
+        chunks = -(-(point.depth + point.prompt) // chunk)
         seq2seq = llm.manifest.seq2seq
         for index in range(point.batch):
             most = min(point.steps + 1 + chunks * (point.batch - 1 - index), room)
@@ -114,38 +140,30 @@ class _Batch:
         return emit
 
     def run(self) -> None:
-        engine, depth = self.llm.engine, self.point.depth
+        engine = self.llm.engine
+        engine.backend = self.marks
         try:
             while not all(len(tokens) > self.point.steps for tokens in self.tokens):
-                at = self._filling(depth) if self.llm.backend.chunked else None
-                if at is not None:  # stop exactly at the depth, so that what follows is the prompt alone
-                    engine.scheduler.prefill_chunk = min(self.chunk, depth - at.sequences[0].num_cached)
                 engine.step()
                 self.ends.append(time.perf_counter())
-                engine.scheduler.prefill_chunk = self.chunk
-                if at is not None and at.sequences[0].num_cached >= depth:
-                    self.starts[self.requests.index(at)] = time.perf_counter()
                 for request in self.requests:
                     if request.error is not None:
                         raise request.error
                 if all(request.finished for request in self.requests):
                     break
         finally:
+            engine.backend = self.llm.backend
             for request in self.requests:
                 engine.cancel(request)
             engine.step()
 
-    def _filling(self, depth: int) -> Request | None:
-        """The request that the next step prefills, where it has not reached the depth."""
-        waiting = (r for r in self.requests if not r.finished and r.sequences[0].prefilling)
-        first = next(waiting, None)
-        return first if first is not None and first.sequences[0].num_cached < depth else None
-
     def result(self) -> Run:
         arrived = [tokens[0][0] for tokens in self.tokens]
-        firsts = [first - start for first, start in zip(arrived, self.starts, strict=True)]
-        alone = self.point.depth > 0 and self.llm.backend.chunked
-        run = Run(firsts, sum(firsts) if alone else max(arrived) - self.starts[0])
+        if isinstance(self.marks, _Depth):  # prompts are prefilled in order
+            starts, prefill = self.marks.reached, self.marks.seconds
+        else:
+            starts, prefill = self.starts, max(arrived) - self.starts[0]
+        run = Run([first - start for first, start in zip(arrived, starts, strict=True)], prefill)
         begin = max(tokens[0][1] for tokens in self.tokens)  # the whole batch decodes in the steps after this one …
         end = min(tokens[-1][1] for tokens in self.tokens)  # … up to this one
         if end <= begin:

@@ -71,7 +71,7 @@ def test_every_request_is_measured_from_its_start_and_in_the_whole_batch(
     assert min(result.gaps) >= SLOW and result.decode >= 6 * SLOW
     assert len(result.step) == len(result.host) == 6
     assert not traced.engine.has_work
-    assert traced.engine.scheduler.prefill_chunk == 16
+    assert traced.engine.backend is traced.backend
 
 
 def test_the_share_outside_of_the_run_call_is_seen(traced: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
