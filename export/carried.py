@@ -22,7 +22,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from llmx.export.lowering import _first_line, _place, _replaced, lower
-from llmx.export.passes import encoder_graph, is_parameter
+from llmx.export.packed import is_parameter
+from llmx.export.passes import encoder_graph
 from llmx.export.rope import length_rule, untouched
 from llmx.export.trace import HIDDEN, keep_positions, output_head
 from llmx.runtime.errors import LlmxError, UnsupportedModelError

@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from llmx.export.attention import IMPLEMENTATION, LayerState
+from llmx.export.feedback import candidates_graph
 from llmx.export.passes import both_graphs
 from llmx.export.rope import LengthRule, length_rule
 from llmx.export.tokenizer import generation_config, load_tokenizer, write_tokenizer
@@ -44,8 +45,13 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
         kept, hidden = work.target.query_seqlens, work.options.with_hidden_states
         traced = explain(checkpoint, lambda: trace(source.module, layers, kept, rule is not None, hidden))
         work.stages.begin("rewrite")
-        prefill, decode = both_graphs(traced, context)
-        return {"prefill": prefill, "decode": decode}
+        prefill, decode = both_graphs(traced, context, work.target)
+        graphs = {"prefill": prefill, "decode": decode}
+        if work.target.on_device:
+            logits = prefill.graph.outputs[0]
+            assert logits.shape is not None and logits.dtype is not None
+            graphs["candidates"] = candidates_graph(int(logits.shape[2]), logits.dtype)
+        return graphs
 
     graphs, hashed = work.write(source, make)
     vocab = int(graphs["prefill"].graph.outputs[0].shape[2])

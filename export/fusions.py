@@ -160,8 +160,11 @@ class RotaryInAttention(InPlacePass):
                 continue
             if len(node.inputs) < 9:  # absent inputs at the end are not listed
                 node.resize_inputs(9)
-            node.replace_input_with(0, query.unrotated(model, node))
-            node.replace_input_with(1, key.unrotated(model, node))
+            for index, rotation in enumerate((query, key)):
+                rotated, straight = node.inputs[index], rotation.unrotated(model, node)
+                assert rotated is not None
+                straight.type, straight.shape = rotated.type, rotated.shape
+                node.replace_input_with(index, straight)
             node.replace_input_with(7, caches[0])
             node.replace_input_with(8, caches[1])
             node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 1)

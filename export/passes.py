@@ -11,7 +11,11 @@ import functools
 from collections.abc import Iterator
 
 import onnx_ir as ir
+from llmx.export.feedback import Feedback, GreedyTokens
 from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
+from llmx.export.packed import is_parameter
+from llmx.export.packing import PackedQkv, QuickSilu, StraightHeads
+from llmx.export.targets import Target
 from llmx.export.trace import GATHER_POSITIONS, HIDDEN
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
 from onnx_ir.passes.common import (
@@ -116,6 +120,19 @@ class TransposedMatMul(InPlacePass):
         return PassResult(model, modified=modified)
 
 
+class UnnamedOutputs(InPlacePass):
+    """Optional outputs that nothing reads lose the names that copying the graph gave them: nobody computes them."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in model.graph:
+            if node.op_type == "SkipSimplifiedLayerNormalization":
+                for value in node.outputs[1:3]:
+                    if value.name and not value.uses() and not value.is_graph_output():
+                        value.name, modified = "", True
+        return PassResult(model, modified=modified)
+
+
 class DeduplicateConstants(InPlacePass):
     """Small equal constants become one, so that equal nodes on them can. Parameters are left alone: while exporting,
     their memory is uninitialised, and equal by chance.
@@ -148,11 +165,6 @@ def _rewrite_rules() -> rewriter.RewriteRuleSet:
     return rewriter.RewriteRuleSet(rules)
 
 
-def is_parameter(value: ir.Value) -> bool:
-    """Whether an initializer is one of the model's parameters, as torch.export noted on it."""
-    return value.metadata_props.get("pkg.torch.export.graph_signature.InputSpec.kind") == "PARAMETER"
-
-
 def _simplify() -> list[ir.passes.PassBase]:
     return [
         FoldConstantsPass(shape_inference=True, input_size_limit=8192, output_size_limit=512 * 512),
@@ -175,7 +187,7 @@ def _tidy() -> list[ir.passes.PassBase]:
     ]
 
 
-def common_passes(context_length: int) -> list[ir.passes.PassBase]:
+def common_passes(context_length: int, target: Target) -> list[ir.passes.PassBase]:
     """From the raw trace to a simplified and fused graph, the prefill graph but for its gather."""
     return [
         InlinePass(),
@@ -184,18 +196,21 @@ def common_passes(context_length: int) -> list[ir.passes.PassBase]:
         RmsNorm(),
         SkipRmsNorm(),
         RotaryInAttention(context_length),
+        StraightHeads(),
+        *([PackedQkv(), QuickSilu()] if target.on_device else []),
         RemoveUnusedNodesPass(),
     ]
 
 
-def prefill_passes() -> list[ir.passes.PassBase]:
-    """The prefill graph: logits of the asked positions."""
-    return [GatherAskedPositions(), *_tidy()]
+def prefill_passes(target: Target) -> list[ir.passes.PassBase]:
+    """The prefill graph: logits of the asked positions; for a device, also the most likely tokens after them."""
+    return [GatherAskedPositions(), *_tidy(), *([GreedyTokens()] if target.on_device else [])]
 
 
-def decode_passes() -> list[ir.passes.PassBase]:
-    """The decode graph: [batch, 1] tokens, no `logits_positions` input."""
-    return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy()]
+def decode_passes(target: Target) -> list[ir.passes.PassBase]:
+    """The decode graph: [batch, 1] tokens, no `logits_positions` input; for a device, also the next step's inputs."""
+    further = [GreedyTokens(), Feedback()] if target.on_device else []
+    return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy(), *further, UnnamedOutputs()]
 
 
 def encoder_graph(traced: ir.Model) -> ir.Model:
@@ -209,19 +224,19 @@ def encoder_graph(traced: ir.Model) -> ir.Model:
     return traced
 
 
-def both_graphs(traced: ir.Model, context_length: int) -> tuple[ir.Model, ir.Model]:
+def both_graphs(traced: ir.Model, context_length: int, target: Target) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
     outputs = [(value.name, value.shape) for value in traced.graph.outputs]
     with hidden_parameters(traced):
-        Sequential(*common_passes(context_length))(traced)
+        Sequential(*common_passes(context_length, target))(traced)
     decode = traced.clone()
     for index, (name, _) in enumerate(outputs):
         if name == HIDDEN:  # prefill's alone: nobody asks for a step's
             del decode.graph.outputs[index]
-    for model, passes in ((traced, prefill_passes()), (decode, decode_passes())):
+    for model, passes in ((traced, prefill_passes(target)), (decode, decode_passes(target))):
         with hidden_parameters(model):
             Sequential(*passes)(model)
-    for value, (name, shape) in zip(traced.graph.outputs, outputs, strict=True):
+    for value, (name, shape) in zip(traced.graph.outputs[: len(outputs)], outputs, strict=True):
         value.name, value.shape = name, shape  # a replaced node's output takes the place, not the name
     return traced, decode
 

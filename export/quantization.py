@@ -7,7 +7,7 @@ it is stored as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -118,6 +118,41 @@ class QuantizedWeight:
 
 
 Plan = dict[str, QuantizedWeight]
+
+
+def side_by_side(weights: Sequence[QuantizedWeight | None]) -> QuantizedWeight | None:
+    """The rows of several quantized matrices as one, whose parts are theirs one after another; None where they do not fit.
+
+    Keys of parts are the members' keys, on a line each.
+    """
+    known = [weight for weight in weights if weight is not None]
+    if len(known) < 2:
+        return known[0] if len(known) == len(weights) == 1 else None
+    first = known[0]
+    if len(known) != len(weights) or any(
+        (w.scheme, w.shape[1], w.dtype, w.transposed) != (first.scheme, first.shape[1], first.dtype, False)
+        for w in known
+    ):
+        return None
+    return _SideBySide("+".join(w.name for w in known), first.scheme, (sum(w.shape[0] for w in known), first.shape[1]),
+                       first.dtype, first.blocks, members=tuple(known))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _SideBySide(QuantizedWeight):
+    members: tuple[QuantizedWeight, ...] = ()
+
+    @property
+    def codes(self) -> str:
+        return "\n".join(weight.codes for weight in self.members)
+
+    @property
+    def scales(self) -> str:
+        return "\n".join(weight.scales for weight in self.members)
+
+    @property
+    def zero_points(self) -> str | None:
+        return None if self.scheme.symmetric else "\n".join(str(weight.zero_points) for weight in self.members)
 
 
 def plan_quantization(source: SourceModel, options: QuantizationOptions) -> Plan:

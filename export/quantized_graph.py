@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from llmx.export.fusions import MICROSOFT
-from llmx.export.quantization import Plan, QuantizedWeight
+from llmx.export.packed import parameter_names
+from llmx.export.quantization import Plan, QuantizedWeight, side_by_side
 from llmx.export.weights import SourceModel
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
@@ -18,12 +19,12 @@ PREFIX = "model."  # the traced modules hold the model under this name
 class QuantizedMatrices(InPlacePass):
     """Products with a planned matrix become `MatMulNBits`, lookups in one `GatherBlockQuantized`.
 
-    `names`: initializer -> the stored name of its parameter. `accuracy_level`: MatMulNBits' (4: activations are rounded to
+    `names`: initializer -> the stored names of the parameters that it is made of. `accuracy_level`: MatMulNBits' (4: activations are rounded to
     int8, block by block). A bias that is added to a product goes into it. What uses a matrix otherwise keeps it.
     `used` collects the stored names that a graph reads quantized.
     """
 
-    def __init__(self, plan: Plan, names: dict[str, str], accuracy_level: int) -> None:
+    def __init__(self, plan: Plan, names: dict[str, list[str]], accuracy_level: int) -> None:
         super().__init__()
         self.plan, self.names, self.accuracy_level = plan, names, accuracy_level
         self.used: set[str] = set()
@@ -32,8 +33,8 @@ class QuantizedMatrices(InPlacePass):
         modified = False
         for node in list(model.graph):
             for value in node.inputs:
-                name = self.names.get(value.name or "") if value is not None and value.is_initializer() else None
-                weight = self.plan.get(name) if name is not None else None
+                names = self.names.get(value.name or "", []) if value is not None and value.is_initializer() else []
+                weight = side_by_side([self.plan.get(name) for name in names])
                 if value is None or weight is None:
                     continue
                 if _is_product(node, value, weight):
@@ -42,13 +43,13 @@ class QuantizedMatrices(InPlacePass):
                     self._lookup(model, node, value, weight)
                 else:
                     continue
-                self.used.add(weight.name)
+                self.used.update(names)
                 modified = True
                 break
         if modified:
             model.opset_imports.setdefault(MICROSOFT, 1)
             for name, value in list(model.graph.initializers.items()):
-                if self.names.get(name) in self.used and not value.uses() and not value.is_graph_output():
+                if self.used.issuperset(self.names.get(name) or [""]) and not value.uses() and not value.is_graph_output():
                     del model.graph.initializers[name]
         return PassResult(model, modified=modified)
 
@@ -94,7 +95,10 @@ def quantize_graphs(
     bound = {name: stored for name, (stored, _) in source.parameters_by_name().items()}
     used: set[str] = set()
     for model in graphs.values():
-        initializers = {name: bound.get(name.removeprefix(PREFIX), "") for name in model.graph.initializers}
+        initializers = {
+            name: [bound.get(part.removeprefix(PREFIX), "") for part in parameter_names(value)]
+            for name, value in model.graph.initializers.items()
+        }
         rewrite = QuantizedMatrices(plan, initializers, accuracy_level)
         rewrite(model)
         RemoveUnusedOpsetsPass()(model)

@@ -11,6 +11,7 @@ from llmx.runtime.manifest import Manifest
 class Target:
     """`query_seqlens`: whether the provider's GroupQueryAttention takes that input. `default_dtype` None: the checkpoint's.
     `accuracy_level`: of products with quantized weights (MatMulNBits; 4 rounds activations to int8, 0 leaves them).
+    `on_device`: graphs run on a device with memory of its own, where a step feeds the next one.
     """
 
     name: str
@@ -18,13 +19,14 @@ class Target:
     query_seqlens: bool
     default_dtype: str | None
     min_onnxruntime: str
+    on_device: bool
     accuracy_level: int = 0
 
 
 TARGETS = {
-    "cpu": Target("cpu", "CPUExecutionProvider", True, "float32", "1.32", accuracy_level=4),
+    "cpu": Target("cpu", "CPUExecutionProvider", True, "float32", "1.32", on_device=False, accuracy_level=4),
     # onnxruntime-gpu is one release behind: no query_seqlens before 1.32
-    "cuda": Target("cuda", "CUDAExecutionProvider", False, None, "1.31"),
+    "cuda": Target("cuda", "CUDAExecutionProvider", False, None, "1.31", on_device=True),
 }
 
 

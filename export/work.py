@@ -14,7 +14,14 @@ import onnx_ir as ir
 import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import uncollected
-from llmx.export.package import WEIGHTS_FILE, check_free_space, describe_graph, hash_files, write_graphs
+from llmx.export.package import (
+    WEIGHTS_FILE,
+    check_free_space,
+    describe_graph,
+    describe_weights,
+    hash_files,
+    write_graphs,
+)
 from llmx.export.quantization import QuantizationOptions, QuantizedWeight, describe_quantization, plan_quantization
 from llmx.export.quantized_graph import quantize_graphs
 from llmx.export.targets import Target
@@ -137,6 +144,7 @@ class Work:
             files=hash_files(self.folder, hashed),
             min_onnxruntime=self.target.min_onnxruntime,
             quantization=describe_quantization(self.quantized, source, self.options.quantize),
+            weights=describe_weights(graphs) if self.target.on_device else [],
             **parts,
         )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,7 +65,7 @@ class WeightsWriter:
         return self._total
 
     def __enter__(self) -> WeightsWriter:
-        self._file = self.path.open("wb")
+        self._file = self.path.open("w+b")
         try:
             self._thread.start()
         except BaseException as error:  # Ctrl-C while it starts, or no thread to be had
@@ -114,6 +115,30 @@ class WeightsWriter:
             self._append(chunk)
         self._end(key, start, expected)
 
+    def _rearrange(self, used: set[str], groups: Sequence[list[str]]) -> None:
+        """Write the file anew from what it holds: what is used, each group together."""
+        group_of = {key: group for group in groups for key in group}
+        old, old_spans = self._file, self._spans
+        new = self.path.with_name(self.path.name + ".new")
+        self._hash, self._spans = hashlib.sha256(), {}
+        try:
+            with new.open("w+b") as self._file:
+                for first in sorted(used, key=lambda key: old_spans[key]):
+                    for key in [] if first in self._spans else group_of.get(first, [first]):
+                        glued = key != group_of.get(first, [first])[0]
+                        start = int(self._file.tell()) if glued else self._start()
+                        offset, length = old_spans[key]
+                        old.seek(offset)
+                        for at in range(0, length, _PIECE):
+                            self._append(old.read(min(_PIECE, length - at)))
+                        self._end(key, start, length)
+        finally:
+            self._file = old
+        old.close()
+        os.replace(new, self.path)
+        self._file = self.path.open("r+b")
+        self._file.seek(0, os.SEEK_END)
+
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -139,9 +164,16 @@ class WeightsWriter:
             raise ExportError(f"{name} has {length} bytes in the checkpoint and {expected} in the graph.")
         self._spans[name] = (start, length)
 
-    def finish(self, used: set[str], further: dict[str, Callable[[], bytes]], progress: Progress) -> dict[str, Span]:
+    def finish(
+        self,
+        used: set[str],
+        further: dict[str, Callable[[], bytes]],
+        progress: Progress,
+        groups: Sequence[list[str]] = (),
+    ) -> dict[str, Span]:
         """Offset and length of every `used` parameter or part of one, and of every `further` tensor (name -> its bytes), the
-        file complete. A planned parameter that is used as it is gets written as well.
+        file complete. A planned parameter that is used as it is gets written as well. What is in one of the `groups` lies
+        side by side, in its order; groups that share something are equal.
 
         Raises what the thread raised: CheckpointError, ExportError or OSError.
         """
@@ -150,14 +182,12 @@ class WeightsWriter:
             self._ended.wait(0.1)
         if self._error is not None:
             raise self._error
-        wanted = [name for name in self._large if used & self._sizes(name).keys()]
-        if sum(sum(self._sizes(name).values()) for name in set(self._large) - set(wanted)) > _MOST_UNUSED * self._total:
-            self._file.seek(0)
-            self._file.truncate()
-            self._hash, self._spans = hashlib.sha256(), {}
-            self._write_parameters(wanted)
         for name in sorted(used - self._spans.keys()):
             self._write(name, self._source.chunks(name, self._parameters[name]), self._parameters[name].nbytes)
+        unused = sum(length for key, (_, length) in self._spans.items() if key not in used)
+        apart = any(sum(self._spans[a]) != self._spans[b][0] for g in groups for a, b in itertools.pairwise(g))
+        if apart or unused > _MOST_UNUSED * self._total:
+            self._rearrange(used, groups)
         for name, read in further.items():
             data = read()
             self._write(name, [data], len(data))

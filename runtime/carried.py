@@ -24,6 +24,7 @@ class CarriedBackend:
     """
 
     recompute_at: int | None = None
+    prefill_chunk = 192
     last_hidden: np.ndarray | None = None
     stores_state = state_by_length = False  # a prefill graph takes no state, and a recurrence cannot be cut
 
@@ -86,6 +87,16 @@ class CarriedBackend:
                 hidden.append(self._hidden[0, 0])
         self.last_hidden = np.array(hidden)[np.asarray(positions)] if hidden else None
         return asked
+
+    def prefill_last(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        prompt_length: int | None = None,
+        temperature: float = -1.0,
+    ) -> StepLogits:
+        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
 
     def decode(
         self,

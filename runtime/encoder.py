@@ -307,5 +307,5 @@ def open_encoder(
 ) -> Encoder:
     """The session of an encoder package with its tokenizer."""
     settings = SessionSettings(threads, spin, mapped_cache, cache_dir)
-    sessions = open_sessions(folder, manifest, resolve_device(device), settings)
+    sessions = open_sessions(folder, manifest, resolve_device(device, manifest.target == "cuda"), settings)
     return Encoder(folder, manifest, sessions["encoder"], Tokenizer.load(folder, manifest.tokenizer))

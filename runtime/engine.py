@@ -210,6 +210,7 @@ class Engine:
 
     def _prefill(self, plan: PrefillPlan) -> None:
         sequence, cache = plan.sequence, self.prefix_cache
+        last: StepLogits
         assert sequence.slot is not None
         metrics = sequence.request.metrics
         metrics.scheduled = metrics.scheduled or time.perf_counter()
@@ -218,12 +219,18 @@ class Engine:
             plan = self.scheduler.next_chunk(sequence)
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
-        asked = np.arange(len(tokens)) if scored else np.array([len(tokens) - 1] if plan.last else [], np.int64)
         if plan.start == 0 and sequence.request.source is not None:
             with span("encode"):
                 self.backend.encode(sequence.slot, sequence.request.source)
         with span("prefill"):
-            logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
+            if plan.last and not scored:
+                last = self.backend.prefill_last(
+                    sequence.slot, tokens, plan.start, sequence.num_prompt, self._asks(sequence)
+                )
+            else:
+                asked = np.arange(len(tokens) if scored else 0)
+                logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
+                last = HostLogits(logits[-1:])
         sequence.num_cached = plan.end
         if cache is not None:
             cache.keep(sequence, plan.start, plan.end)
@@ -231,13 +238,12 @@ class Engine:
                 cache.ended(sequence)
         if scored:
             self._note_prompt_logprobs(sequence, logits, plan.start)
-            logits = logits[-1:]
         if plan.last and sequence.request.beams is not None:
-            advance_beams(self, sequence.request, [logits[0]])
+            advance_beams(self, sequence.request, [last.row(0)])
         elif plan.last:
             if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
-                sequence.request.prompt_logits = logits[0].copy()
-            self._advance(sequence, HostLogits(logits), 0)
+                sequence.request.prompt_logits = last.row(0).copy()
+            self._advance(sequence, last, 0)
 
     def _catch_up(self, sequence: Sequence) -> bool:
         """Run in one chunk the tokens that a grammar has forced; whether there were any."""

@@ -16,6 +16,7 @@ class FakeBackend:
     recompute_at: int | None = None
     state_by_length = False
     chunked = True
+    prefill_chunk = 192
     last_hidden: np.ndarray | None = None
 
     def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32, rewinds: bool = True) -> None:
@@ -56,6 +57,16 @@ class FakeBackend:
             self._write(slot, start + offset, int(token))
         rows = [self.next_logits(self._written[slot][: start + int(p) + 1]) for p in positions]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
+
+    def prefill_last(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        prompt_length: int | None = None,
+        temperature: float = -1.0,
+    ) -> StepLogits:
+        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
 
     def decode(
         self,

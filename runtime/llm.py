@@ -41,14 +41,15 @@ class LLM:
 
     Args:
         model: a package folder, or the hub id of a published package.
-        device: "auto" or "cpu"; "cuda" and "cuda:N" are refused until the CUDA runtime is there.
+        device: "auto", "cpu", "cuda" or "cuda:N". "auto" is CUDA where onnxruntime has it, a GPU is there and the package
+            was exported with --target cuda.
         max_length: positions (prompt and output) a request may take; None: what the model's context and half of the
             free memory allow, at most 4,096.
         slots: requests that run at the same time; more wait their turn.
         threads: CPU threads; None: the CPUs that the process may use.
         spin: let worker threads busy-wait between operators of a step (faster; False for shared machines).
         prefill_chunk: prompt tokens run at once; longer prompts take several steps, between which others decode.
-            192 was the fastest of 64 to 512 on a CPU (causal chunks skip work that one large chunk masks).
+            None: 192 on a CPU, 2,048 on a GPU.
         prefix_cache_bytes: memory for the state of prompt prefixes, which later prompts that begin alike are spared
             (docs/serving.md); 0: none. Packages with carried state have none.
         mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
@@ -66,12 +67,12 @@ class LLM:
         slots: int = 8,
         threads: int | None = None,
         spin: bool = True,
-        prefill_chunk: int = 192,
+        prefill_chunk: int | None = None,
         mapped_cache: bool = True,
         prefix_cache_bytes: int = 0,
         cache_dir: str | Path | None = None,
     ) -> None:
-        if prefill_chunk < 1:
+        if prefill_chunk is not None and prefill_chunk < 1:
             raise RequestError(f"prefill_chunk must be at least 1, and is {prefill_chunk}.")
         folder = resolve_package(model, revision)
         manifest = load_manifest(folder)
@@ -89,7 +90,7 @@ class LLM:
             tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         with span("load graphs"):
             backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
-        self._setup(folder, manifest, tokenizer, backend, prefill_chunk, prefix_cache_bytes)
+        self._setup(folder, manifest, tokenizer, backend, prefill_chunk or backend.prefill_chunk, prefix_cache_bytes)
 
     def _setup(
         self,

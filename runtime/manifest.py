@@ -32,6 +32,11 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 #: - `input_features`         float [batch, n_mels, frames], log-mel features (speech)
 #: - `state`                  a past or present tensor, described in `Manifest.state`
 #: - `logits`                 [batch, asked, vocab]; of an encoder [batch, labels] or [batch, seq, labels or vocab]
+#: - `temperature`            float32 [batch], what the candidates' logits are divided by
+#: - `next_input_ids`         int64 [batch, 1], the most likely tokens; with `next_position_ids`, `next_seqlens_k` and
+#:                            `next_rope_lengths`, what the next step's inputs are if they are taken
+#: - `greedy_logits`          [batch, 1, 1], their logits
+#: - `top_logits`, `top_ids`  float32 and int64 [batch, 64], the largest logits; `log_sum` float32 [batch] (TopLogits)
 #: - `attention_mask`         int64 [batch, seq], 1 for tokens, 0 for the padding on their right (encoders)
 #: - `token_type_ids`         int64 [batch, seq], which of a pair's texts a token belongs to (encoders)
 #: - `embeddings`             [batch, dimension]; `last_hidden_state` [batch, seq, hidden] (encoders)
@@ -47,6 +52,8 @@ INPUT_ROLES = (
     "state",
     "attention_mask",
     "token_type_ids",
+    "temperature",
+    "logits",
 )
 
 
@@ -192,6 +199,17 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class WeightTensor:
+    """An initializer of the graphs whose `nbytes` lie at `offset` of `weights.data`; several may share them."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class FileInfo:
     size: int
     sha256: str
@@ -215,6 +233,7 @@ class Manifest:
     quantization: dict[str, Any] | None = None
     encoder: EncoderInfo | None = None  # of family "encoder"
     seq2seq: Seq2SeqInfo | None = None  # of family "encoder-decoder"
+    weights: list[WeightTensor] = field(default_factory=list)  # of a package for a device, which uploads them once
     min_onnxruntime: str = "1.31"
     format: str = "llmx"
     format_version: str = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"

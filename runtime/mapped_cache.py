@@ -71,7 +71,7 @@ class MappedCache:
         if not wanted(manifest):
             return None
         entry = self.folder / self.key(manifest)
-        names = {name: graph.file for name, graph in manifest.graphs.items()}
+        names = {name: graph.file for name, graph in manifest.graphs.items() if name != "candidates"}
         if not self._usable(entry, names):
             shutil.rmtree(entry, ignore_errors=True)
             check_hashes(package, manifest)  # once for each entry: later opens read what was checked here

@@ -12,13 +12,16 @@ from llmx.runtime.errors import MissingDependencyError, ProviderError, RequestEr
 
 @dataclass(frozen=True)
 class Device:
-    """Where graphs run. "cpu" is the only kind so far; another comes with its state buffers and weights."""
+    """Where graphs run: "cpu", or "cuda" with the number of the device."""
 
     kind: str
+    index: int = 0
 
     @property
-    def providers(self) -> list[str]:
-        """onnxruntime's provider list."""
+    def providers(self) -> list[Any]:
+        """onnxruntime's provider list, for graphs with weights of their own."""
+        if self.kind == "cuda":
+            return [("CUDAExecutionProvider", {"device_id": str(self.index)}), "CPUExecutionProvider"]
         return ["CPUExecutionProvider"]
 
 
@@ -54,20 +57,30 @@ def is_installed(name: str) -> bool:
         return False
 
 
-def resolve_device(device: str) -> Device:
-    """The device for `device` ("auto", "cpu", "cuda", "cuda:1").
+def resolve_device(device: str, runs_on_cuda: bool = True) -> Device:
+    """The device for `device` ("auto", "cpu", "cuda", "cuda:1"). "auto" is CUDA where onnxruntime has it, a GPU is there
+    and the package runs on it.
 
-    Raises RequestError for another name, ProviderError where the provider is missing.
+    Raises RequestError for another name, ProviderError where the provider or the device is missing.
     """
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if match is None:
         raise RequestError(f'device must be "auto", "cpu", "cuda" or "cuda:N", and is {device!r}.')
     providers = import_onnxruntime().get_available_providers()
-    if device in ("auto", "cpu"):
+    if device == "cpu" or (device == "auto" and not (runs_on_cuda and "CUDAExecutionProvider" in providers)):
         return Device("cpu")
     if "CUDAExecutionProvider" not in providers:
         raise ProviderError(
             "This onnxruntime has no CUDA provider; install the GPU build: "
             'pip uninstall -y onnxruntime && pip install "llmx[gpu]" (`llmx doctor` shows what is there).'
         )
-    raise ProviderError("llmx runs packages on the CPU so far; leave out --device, or use --device cpu.")
+    from llmx.runtime.device_memory import check_cuda_device
+
+    index = int(match.group(1) or 0)
+    try:
+        check_cuda_device(index)
+    except ProviderError:
+        if device != "auto":
+            raise
+        return Device("cpu")
+    return Device("cuda", index)

@@ -47,9 +47,8 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     Large packages are opened from the mapped cache (llmx.runtime.mapped_cache), so that both graphs read one copy of the
     weights. Raises PackageError.
     """
-    ort = import_onnxruntime()
-    _check_version(ort, manifest)
-    files = {name: folder / graph.file for name, graph in manifest.graphs.items()}
+    check_version(manifest)
+    files = {name: folder / graph.file for name, graph in manifest.graphs.items() if name != "candidates"}
     if device.kind == "cpu" and settings.mapped_cache:
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
@@ -59,25 +58,28 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         options = session_options(settings)
         if trace is not None:
             trace.prepare(options)
-        sessions[name] = open_session(path, options, device)
+        sessions[name] = open_session(path, options, device.providers)
         check_session(sessions[name], manifest.graphs[name], path)
         if trace is not None:
             sessions[name] = trace.watch(name, sessions[name])
     return sessions
 
 
-def open_session(path: Path, options: Any, device: Device) -> Any:
+def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
     """An InferenceSession, its failures in one sentence."""
     ort = import_onnxruntime()
     try:
-        session = ort.InferenceSession(str(path), options, providers=device.providers)
+        session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = " ".join(str(error).split())[:240]
         raise PackageError(f"onnxruntime {ort.__version__} cannot open {path}: {reason}") from None
     return session
 
 
-def _check_version(ort: Any, manifest: Manifest) -> None:
+def check_version(manifest: Manifest) -> None:
+    """Raises PackageError where the installed onnxruntime is older than the package needs."""
+    ort = import_onnxruntime()
+
     def numbers(version: str) -> list[int]:
         parts = []
         for part in version.split(".")[:2]:

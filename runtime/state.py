@@ -28,20 +28,22 @@ def plan_state(
     slots: int = 1,
     free: int | None = None,
     weights: int = 0,
+    where: str = "",
 ) -> StatePlan:
     """Choose or check the state's size before anything is allocated.
 
     The default length is what the model's context and half of the free memory allow, at most 4,096. `weights` bytes are
-    still to be loaded and are not free. Raises RequestError for lengths past the context, OutOfMemoryError for more than
+    still to be loaded and are not free; `where` says whose memory it is. Raises RequestError for lengths past the context, OutOfMemoryError for more than
     what is free.
     """
     context = manifest.model.context_length
     per_token = manifest.state_bytes_per_token()
     free = available_memory() if free is None else free
     if weights > free:
+        advice = ", use a smaller model or dtype" + ("" if where else ", or leave mapped_cache on, which shares them")
         raise OutOfMemoryError(
-            f"The weights take {weights / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some memory, use a smaller "
-            "model or dtype, or leave mapped_cache on, which shares them."
+            f"The weights take {weights / 1e9:.2f} GB and {max(0, free) / 1e9:.2f} GB are free{where and ' ' + where}; "
+            f"free some memory{advice}."
         )
     free -= weights + manifest.state_bytes_per_slot() * slots
     if free < 0:

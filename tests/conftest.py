@@ -78,6 +78,24 @@ def seq2seq_package(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
 
 @pytest.fixture(scope="session")
+def device_package(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """name of a TINY model -> its float32 package for CUDA, whose graphs the CPU provider runs too."""
+    from llmx.export import ExportOptions, export_model
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            output = tmp_path_factory.mktemp("device-packages") / name
+            made[name] = export_model(ExportOptions(str(checkpoint(name)), output, target="cuda", dtype="fp32")).path
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
     return ROOT / "artifacts" / "checkpoints" / "demo"
 

@@ -1,0 +1,321 @@
+"""A package whose weights, state and logits stay in a device's memory (CUDA; the CPU for tests)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from llmx.runtime.carried import run_error
+from llmx.runtime.device_memory import Buffer, DeviceMemory
+from llmx.runtime.device_prefill import Prefill
+from llmx.runtime.device_steps import SPARE_POSITIONS, CandidatesStep, DecodeStep, buckets
+from llmx.runtime.dtypes import itemsize, numpy_dtype
+from llmx.runtime.manifest import Manifest
+from llmx.runtime.providers import import_onnxruntime
+from llmx.runtime.state import StatePlan
+from llmx.runtime.step_logits import StepLogits, TopLogits
+
+_DRIFT = 64  # positions that a row which is not meant may wander before it is called back
+
+
+class DeviceBackend:
+    """Graphs on a device with memory of its own: a greedy step is one launch and one small copy.
+
+    Invariants: past and present of a state tensor are the same memory. A slot's first `_held[slot]` positions may be in
+    use; rows that a call does not mean write past them alone.
+    """
+
+    chunked = rewinds = stores_state = True
+    prefill_chunk = 2048
+
+    def __init__(
+        self, manifest: Manifest, sessions: dict[str, Any], memory: DeviceMemory, plan: StatePlan, ahead: bool = True
+    ) -> None:
+        """`ahead`: start the next greedy step before the caller has seen this one's tokens."""
+        self.manifest, self._sessions, self._memory = manifest, sessions, memory
+        self.slots, self.max_length = plan.slots, plan.max_length
+        self.vocab_size, self.recompute_at = manifest.model.vocab_size, manifest.model.recompute_at
+        self.state_by_length = any(t.role == "rope_lengths" for g in manifest.graphs.values() for t in g.inputs)
+        self.last_hidden: np.ndarray | None = None
+        self._length = plan.max_length + SPARE_POSITIONS
+        self._ahead = ahead
+        self._logits_dtype = manifest.graphs["decode"].outputs[0].dtype
+        self._state = [self._zeroed(tensor.shape, tensor.dtype) for tensor in manifest.state]
+        self._logits = memory.allocate(plan.slots * self._row_bytes)
+        self._held = np.zeros(plan.slots, np.int64)
+        self._buckets = buckets(plan.slots)
+        self._steps: dict[int, DecodeStep] = {}
+        self._candidates: dict[int, CandidatesStep] = {}
+        self._flying: tuple[DecodeStep, int, np.ndarray] | None = None  # a step that runs ahead: what it returns
+        self._prompts = Prefill(sessions["prefill"], manifest, memory, self._bind_state)
+        self._prompt_candidates: CandidatesStep | None = None
+        self._options = import_onnxruntime().RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._options.add_run_config_entry("gpu_graph_id", "-1")  # the backend captures its graphs itself
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.vocab_size * itemsize(self._logits_dtype)
+
+    def _zeroed(self, shape: list[int | str], dtype: str) -> Buffer:
+        count = int(np.prod(self._sizes(shape, self.slots), dtype=np.int64))
+        buffer = self._memory.allocate(count * itemsize(dtype))
+        self._memory.zero(buffer)  # a kernel may load what it masks: it must be finite
+        return buffer
+
+    def _sizes(self, shape: list[int | str], slots: int) -> tuple[int, ...]:
+        sizes = {"slots": slots, "max_length": self._length}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
+
+    def _bind_state(self, binding: Any, first: int, rows: int) -> None:
+        for tensor, buffer in zip(self.manifest.state, self._state, strict=True):
+            at = buffer.address + first * (buffer.nbytes // self.slots)
+            shape = self._sizes(tensor.shape, rows)
+            self._memory.bind_input(binding, tensor.input, at, shape, tensor.dtype)
+            self._memory.bind_output(binding, tensor.output, at, shape, tensor.dtype)
+
+    # -- prefill ------------------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
+        end = self._begin(slot, token_ids, start)
+        made = self._prompts.positions(slot, token_ids, start, positions, prompt_length or end)
+        self.last_hidden = made.get("last_hidden_state")
+        logits: np.ndarray = made["logits"]
+        return logits
+
+    def prefill_last(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        prompt_length: int | None = None,
+        temperature: float = -1.0,
+    ) -> StepLogits:
+        end = self._begin(slot, token_ids, start)
+        token, logit = self._prompts.last(slot, token_ids, start, prompt_length or end)
+        top: CandidatesStep | None = None
+        if temperature > 0 and "candidates" in self._sessions:
+            top = self._prompt_candidates = self._prompt_candidates or self._candidates_of(1, self._prompts.logits)
+            top.queue(np.full(1, temperature, np.float32), self._options)
+            self._memory.synchronize()
+        best, score = np.array([token]), np.array([logit], np.float32)
+        return _DeviceStep(self, self._read_prompt_rows, best, score, top, np.full(1, temperature, np.float32))
+
+    def _begin(self, slot: int, token_ids: np.ndarray, start: int) -> int:
+        """Check a chunk's place and note it as held; returns its end."""
+        end = start + len(token_ids)
+        assert start >= 0 and end <= self.max_length and 0 <= slot < self.slots
+        self._memory.activate()
+        self._held[slot] = end
+        return end
+
+    def _read_prompt_rows(self, first: int, count: int) -> np.ndarray:
+        return self._read_logits(self._prompts.logits.address, count)
+
+    # -- decode -------------------------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        active: np.ndarray | None = None,
+        temperatures: np.ndarray | None = None,
+    ) -> StepLogits:
+        count = len(token_ids)
+        self._memory.activate()
+        step = self._step(next(size for size in self._buckets if size >= count))
+        flying, self._flying = self._flying, None
+        meant = np.zeros(step.rows, bool)
+        meant[:count] = True if active is None else active
+        self._held[:count][meant[:count]] = lengths[meant[:count]] + 1
+        greedy = temperatures is not None and bool((temperatures[meant[:count]] == 0).all())
+        holds = self._holds(step, token_ids, lengths, meant)
+        if flying is not None and not (holds and flying[0] is step):
+            flying[0].tokens = None  # its block is a step further than the caller
+            holds = holds and flying[0] is not step
+            flying = None
+        if not holds:
+            self._upload(step, token_ids, lengths, meant)
+        if flying is None:
+            flying = (step, *step.launch())
+        _, mark, result = flying
+        tokens, places = step.tokens, step.lengths
+        assert tokens is not None
+        if greedy and self._ahead and int(places.max()) + 2 < self._length:
+            self._flying = (step, *step.launch())
+        top: CandidatesStep | None = None
+        if temperatures is not None and bool((temperatures > 0).any()) and "candidates" in self._sessions:
+            top = self._candidates_step(step.rows)
+            top.queue(np.pad(temperatures, (0, step.rows - count)), self._options)
+            self._memory.synchronize()
+        else:
+            self._memory.wait(mark)
+        step.tokens = step.block.view(result, "input_ids").copy()
+        step.lengths = places + 1
+        scores = step.block.view(result, "greedy_logits")[:count].copy()
+        read = functools.partial(self._read_rows, step, tokens, places)
+        return _DeviceStep(self, read, step.tokens[:count], scores, top, temperatures)
+
+    def _step(self, rows: int) -> DecodeStep:
+        step = self._steps.get(rows)
+        if step is None:
+            step = DecodeStep(
+                self._sessions["decode"],
+                self.manifest,
+                self._memory,
+                self._bind_state,
+                rows,
+                self._logits,
+                self._length,
+            )
+            step.upload(np.zeros(rows, np.int64), np.minimum(self._held[:rows], self.max_length))
+            try:
+                step.prepare(self._options)
+            except Exception as error:  # onnxruntime's exceptions share no base but Exception
+                raise run_error(error) from None
+            step.tokens = None
+            self._steps[rows] = step
+        return step
+
+    def _candidates_step(self, rows: int) -> CandidatesStep:
+        if rows not in self._candidates:
+            self._candidates[rows] = self._candidates_of(rows, self._logits)
+        return self._candidates[rows]
+
+    def _candidates_of(self, rows: int, logits: Buffer) -> CandidatesStep:
+        return CandidatesStep(self._sessions["candidates"], self.manifest, self._memory, rows, logits)
+
+    def _holds(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> bool:
+        """Whether the device's block holds this call's inputs, and keeps to free positions in the rows not meant."""
+        if step.tokens is None:
+            return False
+        count = len(token_ids)
+        if meant[:count].all() and count == step.rows:
+            return bool(np.array_equal(step.tokens, token_ids) and np.array_equal(step.lengths, lengths))
+        same = (step.tokens[:count] == token_ids) & (step.lengths[:count] == lengths)
+        floor = self._floor(step, lengths)
+        free = (step.lengths >= floor) & (step.lengths < np.minimum(floor + _DRIFT, self._length - 1))
+        return bool(same[meant[:count]].all() and free[~meant].all())
+
+    def _floor(self, step: DecodeStep, lengths: np.ndarray) -> np.ndarray:
+        """Where rows that are not meant may write: past what they hold."""
+        floor = np.minimum(self._held[: step.rows], self.max_length)
+        floor[: len(lengths)] = np.maximum(lengths, floor[: len(lengths)])
+        return floor
+
+    def _upload(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> None:
+        count = len(token_ids)
+        tokens, places = np.zeros(step.rows, np.int64), self._floor(step, lengths)
+        tokens[:count] = token_ids
+        places[:count][meant[:count]] = lengths[meant[:count]]
+        step.upload(tokens, places)
+
+    def _read_rows(
+        self, step: DecodeStep, tokens: np.ndarray, lengths: np.ndarray, first: int, count: int
+    ) -> np.ndarray:
+        """Logits [count, vocab] of rows of the last step, which ran on `tokens` at `lengths`."""
+        self._memory.activate()
+        if self._flying is not None:  # it has overwritten the logits: they are computed once more
+            self._flying = None
+            step.upload(tokens, lengths)
+            self._memory.wait(step.launch()[0])
+            step.tokens = None
+        return self._read_logits(self._logits.address + first * self._row_bytes, count)
+
+    def _read_logits(self, address: int, count: int) -> np.ndarray:
+        array = np.empty((count, self.vocab_size), numpy_dtype(self._logits_dtype))
+        self._memory.activate()
+        self._memory.download(array.view(np.uint8), address)
+        self._memory.synchronize()
+        return array
+
+    # -- the rest -----------------------------------------------------------------------------------------------------
+
+    def encode(self, slot: int, source: np.ndarray) -> None:
+        raise AssertionError("a decoder-only package has no encoder")
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        self._memory.activate()
+        self._held[target] = length
+        for buffer, slot, width, heads in self._layout():
+            at, pitch = buffer.address, self._length * width
+            self._memory.copy_rows(at + target * slot, at + source * slot, length * width, pitch, heads)
+
+    def _layout(self) -> Iterator[tuple[Buffer, int, int, int]]:
+        """For each state tensor: its buffer, bytes of a slot, bytes of a position of one head, heads."""
+        for tensor, buffer in zip(self.manifest.state, self._state, strict=True):
+            slot, width = buffer.nbytes // self.slots, int(tensor.shape[-1]) * itemsize(tensor.dtype)
+            yield buffer, slot, width, slot // (self._length * width)
+
+    def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
+        self._memory.activate()
+        arrays = []
+        for tensor, (buffer, size, width, heads) in zip(self.manifest.state, self._layout(), strict=True):
+            array = np.empty((heads, end - start, int(tensor.shape[-1])), numpy_dtype(tensor.dtype))
+            for head in range(heads if end > start else 0):
+                at = buffer.address + slot * size + (head * self._length + start) * width
+                self._memory.download(array[head].view(np.uint8), at)
+            arrays.append(array)
+        self._memory.synchronize()
+        return arrays
+
+    def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
+        self._memory.activate()
+        for array, (buffer, size, width, heads) in zip(state, self._layout(), strict=True):
+            self._held[slot] = start + array.shape[1]
+            for head in range(heads if array.shape[1] else 0):
+                at = buffer.address + slot * size + (head * self._length + start) * width
+                self._memory.upload(at, array[head].view(np.uint8))
+        self._memory.synchronize()  # the arrays are the caller's
+
+    def close(self) -> None:
+        """Free sessions, state and weights; the backend must not be used afterwards."""
+        self._flying = None
+        self._memory.activate()
+        self._memory.synchronize()
+        self._steps, self._candidates, self._prompt_candidates = {}, {}, None
+        self._sessions.clear()
+        self._memory.close()
+
+
+class _DeviceStep:
+    """Rows whose most likely tokens are on the host and whose logits are on the device (StepLogits)."""
+
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        read: Callable[[int, int], np.ndarray],
+        best: np.ndarray,
+        scores: np.ndarray,
+        top: CandidatesStep | None,
+        temperatures: np.ndarray | None,
+    ) -> None:
+        """`best` int64 [n] tokens with the logits `scores`; `read(first, count)` fetches rows."""
+        self._backend, self._read, self._best = backend, read, best
+        self._finite = np.isfinite(scores.astype(np.float32))
+        self._top, self._temperatures = top, temperatures
+
+    def __len__(self) -> int:
+        return len(self._best)
+
+    def row(self, index: int) -> np.ndarray:
+        row: np.ndarray = self._read(index, 1)[0]
+        return row
+
+    def rows(self) -> np.ndarray:
+        return self._read(0, len(self._best))
+
+    def greedy(self, index: int) -> int | None:
+        return int(self._best[index]) if self._finite[index] else None
+
+    def top(self, index: int) -> TopLogits | None:
+        top = self._top
+        if top is None or self._temperatures is None or self._temperatures[index] <= 0:
+            return None
+        ids, logits = top.ids[index], top.logits[index]
+        order = np.lexsort((ids, -logits))  # the device may list equals in another order
+        return TopLogits(ids[order], logits[order], float(top.log_sums[index]), float(self._temperatures[index]))

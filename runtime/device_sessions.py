@@ -1,0 +1,129 @@
+"""Sessions of a package on a CUDA device, over one copy of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llmx.runtime.device_backend import DeviceBackend
+from llmx.runtime.device_memory import CudaMemory, DeviceMemory
+from llmx.runtime.device_steps import SPARE_POSITIONS
+from llmx.runtime.dtypes import itemsize
+from llmx.runtime.errors import PackageError, ProviderError
+from llmx.runtime.manifest import Manifest
+from llmx.runtime.manifest_check import check_session
+from llmx.runtime.providers import Device, import_onnxruntime
+from llmx.runtime.sessions import check_version, open_session
+from llmx.runtime.state import plan_state
+
+#: What onnxruntime takes besides weights and state: its libraries' code, cuBLAS workspaces, a prompt's activations.
+OVERHEAD = 1 << 30
+_PIECE = 64 << 20  # bytes of weights copied at once
+
+
+def why_not_on_device(manifest: Manifest) -> str | None:
+    """Why a package does not run on a CUDA device, in words that end a sentence, or None where it does."""
+    if manifest.family != "decoder" or any(tensor.layout != "in_place" for tensor in manifest.state):
+        return "its state is carried from call to call, which runs on the CPU so far; use --device cpu"
+    if manifest.target != "cuda":
+        return f"it was built for {manifest.target}; export the model with --target cuda"
+    if not any(info.role == "next_input_ids" for info in manifest.graphs["decode"].outputs):
+        return "it was written by an older llmx; export it again"
+    return None
+
+
+def open_on_device(
+    folder: Path, manifest: Manifest, device: Device, max_length: int | None, slots: int, ahead: bool = True
+) -> DeviceBackend:
+    """A backend on CUDA device `device.index`.
+
+    Raises ProviderError (no driver, device or provider), PackageError, OutOfMemoryError, RequestError.
+    """
+    reason = why_not_on_device(manifest)
+    if reason is not None:
+        raise PackageError(f"{folder} does not run on CUDA: {reason}.")
+    check_version(manifest)
+    memory = CudaMemory(device.index)
+    try:
+        logits = (slots + 1) * manifest.model.vocab_size * itemsize(manifest.graphs["decode"].outputs[0].dtype)
+        spare = manifest.state_bytes_per_token() * slots * SPARE_POSITIONS
+        free = memory.free_bytes() - OVERHEAD - logits - spare
+        weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
+        plan = plan_state(manifest, max_length, slots, free, weights, "on the GPU")
+        sessions = open_device_sessions(folder, manifest, memory, cuda_options(device, memory.stream))
+        return DeviceBackend(manifest, sessions, memory, plan, ahead)
+    except BaseException:
+        memory.close()
+        raise
+
+
+def cuda_options(device: Device, stream: int) -> list[Any]:
+    """onnxruntime's providers for a device, on the backend's own stream."""
+    options = {
+        "device_id": str(device.index),
+        "user_compute_stream": str(stream),
+        "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": "1",  # keeps the memory that captured kernels read; the backend captures them itself
+        "use_tf32": "0",
+    }
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
+
+
+def open_device_sessions(
+    folder: Path, manifest: Manifest, memory: DeviceMemory, providers: list[Any]
+) -> dict[str, Any]:
+    """One session for each graph; their large initializers are `upload_weights`'. Raises ProviderError, PackageError."""
+    ort = import_onnxruntime()
+    on_cuda = providers[0] != "CPUExecutionProvider"
+    if on_cuda and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN as wheels, where they came that way
+    values = upload_weights(folder, manifest, memory)
+    sessions = {}
+    for name, graph in manifest.graphs.items():
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1  # what stays on the CPU is shape arithmetic
+        chosen = providers
+        if name == "prefill" and on_cuda:
+            chosen = [(providers[0][0], {**providers[0][1], "enable_cuda_graph": "0"}), *providers[1:]]
+        for weight, value in values.items():
+            options.add_initializer(weight, value)
+        sessions[name] = open_session(folder / graph.file, options, chosen)
+        check_session(sessions[name], graph, folder / graph.file)
+        if on_cuda and sessions[name].get_providers()[0] != "CUDAExecutionProvider":
+            raise ProviderError(
+                "onnxruntime could not load its CUDA provider; it needs CUDA and cuDNN of the versions that it was built "
+                'for: pip install "llmx[gpu]" brings them (`llmx doctor` shows what is missing).'
+            )
+    return sessions
+
+
+def upload_weights(folder: Path, manifest: Manifest, memory: DeviceMemory) -> dict[str, Any]:
+    """`weights.data` on the device, once, and an OrtValue over each of its tensors by name.
+
+    The file goes there as it is, so tensors that share bytes (packed ones) do so there too.
+    """
+    if not manifest.weights:
+        return {}
+    size = manifest.files["weights.data"].size
+    memory.activate()
+    buffer = memory.allocate(size)
+    pieces = [memory.host_array((min(_PIECE, size),), np.dtype(np.uint8)) for _ in range(2)]
+    with (folder / "weights.data").open("rb", buffering=0) as file:
+        done, turn = 0, 0
+        while done < size:
+            piece = pieces[turn][: min(_PIECE, size - done)]
+            memory.wait(turn)
+            read = file.readinto(piece.data) or 0
+            if not read:
+                raise PackageError(
+                    f"{folder / 'weights.data'} is shorter than its manifest says; copy or export it again."
+                )
+            memory.upload(buffer.address + done, piece[:read])
+            memory.mark(turn)
+            done, turn = done + read, turn ^ 1
+    memory.synchronize()
+    for piece in pieces:
+        memory.unpin(piece)
+    return {w.name: memory.ort_value(buffer.address + w.offset, tuple(w.shape), w.dtype) for w in manifest.weights}
