@@ -49,7 +49,11 @@ class QuantizedMatrices(InPlacePass):
         if modified:
             model.opset_imports.setdefault(MICROSOFT, 1)
             for name, value in list(model.graph.initializers.items()):
-                if self.used.issuperset(self.names.get(name) or [""]) and not value.uses() and not value.is_graph_output():
+                if (
+                    self.used.issuperset(self.names.get(name) or [""])
+                    and not value.uses()
+                    and not value.is_graph_output()
+                ):
                     del model.graph.initializers[name]
         return PassResult(model, modified=modified)
 

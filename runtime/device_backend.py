@@ -238,12 +238,13 @@ class DeviceBackend:
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")
 
-    def copy_slot(self, source: int, target: int, length: int) -> None:
+    def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         self._memory.activate()
         self._held[target] = length
         for buffer, slot, width, heads in self._layout():
-            at, pitch = buffer.address, self._length * width
-            self._memory.copy_rows(at + target * slot, at + source * slot, length * width, pitch, heads)
+            at, pitch = buffer.address + start * width, self._length * width
+            if length > start:
+                self._memory.copy_rows(at + target * slot, at + source * slot, (length - start) * width, pitch, heads)
 
     def _layout(self) -> Iterator[tuple[Buffer, int, int, int]]:
         """For each state tensor: its buffer, bytes of a slot, bytes of a position of one head, heads."""
