@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from llmx.runtime.errors import UnsupportedModelError
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
@@ -119,8 +120,12 @@ class RecorderCache(Cache):
         self.recorder.pending = (layer_idx, key_states, value_states)
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: positions come from the graph input `position_ids`, never from the cache's length."""
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """0: positions come from the graph input `position_ids`, never from the cache's length. Asked for a layer, it is the
+        layer that counts positions so (Llama 4's attention temperature), and a batch has several lengths.
+        """
+        if layer_idx is not None:
+            raise UnsupportedModelError(f"layer {layer_idx} counts positions by the length of its cache")
         return 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -302,6 +307,10 @@ def classify_mask(mask_function: Callable[..., Any], local_size: int | None) -> 
             raise UnsupportedModelError(
                 f"its attention mask depends on the input ({type(error).__name__}: {error})"
             ) from None
+        if isinstance(allowed, FakeTensor):  # made of a traced tensor: chunks count from each row's own beginning
+            raise UnsupportedModelError(
+                "its attention mask is made of tensors (chunked attention?), and is neither causal nor a sliding window"
+            )
         causal = key <= query
         if torch.equal(allowed, causal):
             return MaskSpec(None)

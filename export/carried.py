@@ -21,14 +21,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from llmx.export.lowering import _first_line, _place, _replaced, lower
+from llmx.export.lowering import _first_line, _place, lower
 from llmx.export.packed import is_parameter
 from llmx.export.passes import encoder_graph
 from llmx.export.rope import length_rule, untouched
+from llmx.export.shims import fake_tensors, replaced, shimmed
 from llmx.export.trace import HIDDEN, keep_positions, output_head
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
 from llmx.runtime.manifest import StateTensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 from transformers.cache_utils import (
     DynamicLayer,
@@ -170,7 +170,7 @@ def probe_carried(model: torch.nn.Module) -> Carried:
             "its rotary factors depend on the sequence's length, which carried state has no input for"
         )
     caches = []
-    with torch.no_grad(), untouched(model), tracing(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
         for length in (_SEQ, _OTHER_SEQ):
             cache = new_cache(model.config)
             try:
@@ -212,7 +212,7 @@ def compare_layers(index: int, layer: Any, other: Any, length: int, side: str | 
 @contextmanager
 def tracing() -> Iterator[None]:
     """Fake and traced tensors have no address to mark."""
-    with _replaced(torch._dynamo, "mark_static_address", lambda *_, **__: None):
+    with replaced(torch._dynamo, "mark_static_address", lambda *_, **__: None):
         yield
 
 

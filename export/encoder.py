@@ -14,7 +14,7 @@ import torch
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import lower
 from llmx.export.rope import by_length
-from llmx.export.verify import TOLERANCE
+from llmx.export.verify import TOLERANCE, fitting
 from llmx.export.weights import StoredTensor, read_index
 from llmx.runtime.errors import CheckpointError, UnsupportedModelError, VerificationError
 from llmx.runtime.manifest import EncoderInfo, Verification
@@ -270,7 +270,8 @@ def verify_encoder(
     module = build_module(checkpoint, model, torch.float32, pooling)
     lengths = [n for n in _LENGTHS if n <= max_length] or [max_length]
     feeds = _verification_feeds(checkpoint, model, lengths)
-    wanted = [_reference(module, feeds, row, length) for row, length in enumerate(lengths)]
+    with fitting(model, dtype):
+        wanted = [_reference(module, feeds, row, length) for row, length in enumerate(lengths)]
     batch = run(feeds)
     try:
         worst, tolerance, pads = *_compare(wanted, [_row(batch, i, n) for i, n in enumerate(lengths)], dtype), True

@@ -78,7 +78,7 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
     """With state that is carried from call to call (llmx.export.carried)."""
     from llmx.export.carried import MIN_PREFILL, carried_graphs, probe_carried
 
-    source = work.source(tokenizer.file, "eager")
+    source = work.plain_source(tokenizer.file)
     work.stages.begin("trace")
     carried = probe_carried(source.module)
     tables = [m for m in source.module.modules() if isinstance(m, torch.nn.Embedding)]
@@ -112,7 +112,7 @@ def write_seq2seq(work: Work) -> Manifest:
 
     checkpoint = work.checkpoint
     tokenizer, defaults = text_side(work)
-    source = work.source(tokenizer.file, "eager")
+    source = work.plain_source(tokenizer.file)
     work.stages.begin("trace")
     audio = audio_info(checkpoint) if checkpoint.task == "transcribe" else None
     sources = Sources(audio)

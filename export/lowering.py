@@ -23,6 +23,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from llmx.export.shims import replaced, shimmed
 from llmx.runtime.errors import UnsupportedModelError
 from torch import _prims_common
 from torch.fx import config as fx_config
@@ -44,7 +45,15 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
     Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
     """
     config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
-    with quiet(), _fast_decomposition(), _fast_promotion(), _remembered_contiguity(), _no_bookkeeping(), _own_dtypes():
+    with (
+        quiet(),
+        _fast_decomposition(),
+        _fast_promotion(),
+        _remembered_contiguity(),
+        _no_bookkeeping(),
+        _own_dtypes(),
+        shimmed(),
+    ):
         try:
             model, _ = OnnxExporter().export_program(module, inputs, config)
         except UnsupportedModelError:
@@ -112,20 +121,9 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` meanwhile."""
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
-
-
-@contextlib.contextmanager
 def _no_bookkeeping() -> Iterator[None]:
     """No source line for each traced node, and no Python source of each intermediate graph."""
-    with _replaced(fx_config, "do_not_emit_stack_traces", True), _use_lazy_graph_module(True), uncollected():
+    with replaced(fx_config, "do_not_emit_stack_traces", True), _use_lazy_graph_module(True), uncollected():
         yield
 
 
@@ -145,7 +143,7 @@ def uncollected() -> Iterator[None]:
 
 def _own_dtypes() -> AbstractContextManager[None]:
     """Leave the example inputs' dtypes: the exporter would cast a float32 recurrent state to its model's 16 bits."""
-    return _replaced(exporter_utils, "cast_leaf_tensors", lambda inputs, **_: inputs)
+    return replaced(exporter_utils, "cast_leaf_tensors", lambda inputs, **_: inputs)
 
 
 def _remembered_contiguity() -> AbstractContextManager[None]:
@@ -166,7 +164,7 @@ def _remembered_contiguity() -> AbstractContextManager[None]:
             answers[asked] = original(sizes, strides, false_if_dde)
         return answers[asked]
 
-    return _replaced(_prims_common, "check_contiguous_sizes_strides", remembered)
+    return replaced(_prims_common, "check_contiguous_sizes_strides", remembered)
 
 
 def _fast_promotion() -> AbstractContextManager[None]:
@@ -182,7 +180,7 @@ def _fast_promotion() -> AbstractContextManager[None]:
                 self._maybe_promote_node(node, rule)
         return node.meta["val"]
 
-    return _replaced(interpreter, "run_node", run_node)
+    return replaced(interpreter, "run_node", run_node)
 
 
 def _fast_decomposition() -> AbstractContextManager[None]:
@@ -193,7 +191,7 @@ def _fast_decomposition() -> AbstractContextManager[None]:
             return original(program, registry)
         return program
 
-    return _replaced(_fx_passes, "decompose_with_registry", decompose)
+    return replaced(_fx_passes, "decompose_with_registry", decompose)
 
 
 def _decompose(program: torch.export.ExportedProgram, registry: Any) -> bool:

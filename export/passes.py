@@ -133,6 +133,44 @@ class UnnamedOutputs(InPlacePass):
         return PassResult(model, modified=modified)
 
 
+class Bfloat16InFloat32(InPlacePass):
+    """bfloat16 arithmetic of a model in another dtype (Falcon's ALiBi slopes), as float32 between casts.
+
+    Rounded to bfloat16 after each node, that is how PyTorch computes it on a CPU, and the CPU provider has no bfloat16
+    kernels. A model whose parameters are bfloat16 is left alone.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        bfloat16, float32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+        if any(value.dtype == bfloat16 for value in model.graph.initializers.values() if is_parameter(value)):
+            return PassResult(model, modified=False)
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "Cast":
+                continue
+            for index, value in enumerate(node.inputs):
+                if value is not None and value.dtype == bfloat16:
+                    wide = _cast(value, float32)
+                    model.graph.insert_before(node, wide)
+                    node.replace_input_with(index, wide.outputs[0])
+                    modified = True
+            for value in node.outputs:
+                if value.dtype == bfloat16:
+                    narrow = _cast(value, bfloat16)
+                    ir.convenience.replace_all_uses_with(value, narrow.outputs[0])
+                    narrow.replace_input_with(0, value)
+                    value.type = ir.TensorType(float32)
+                    model.graph.insert_after(node, narrow)
+                    modified = True
+        return PassResult(model, modified=modified)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(dtype)})
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
+    return node
+
+
 class DeduplicateConstants(InPlacePass):
     """Small equal constants become one, so that equal nodes on them can. Parameters are left alone: while exporting,
     their memory is uninitialised, and equal by chance.
@@ -198,6 +236,7 @@ def common_passes(context_length: int, target: Target) -> list[ir.passes.PassBas
         RotaryInAttention(context_length),
         StraightHeads(),
         *([PackedQkv(), QuickSilu()] if target.on_device else []),
+        Bfloat16InFloat32(),
         RemoveUnusedNodesPass(),
     ]
 
@@ -217,7 +256,7 @@ def encoder_graph(traced: ir.Model) -> ir.Model:
     """The one graph of an encoder, simplified and fused, from its trace. Consumes `traced`."""
     outputs = [(value.name, value.shape) for value in traced.graph.outputs]
     with hidden_parameters(traced):
-        passes = [InlinePass(), *_simplify(), *_tidy(), RmsNorm(), SkipRmsNorm(), RemoveUnusedNodesPass(), *_tidy()]
+        passes = [InlinePass(), *_simplify(), *_tidy(), RmsNorm(), SkipRmsNorm(), Bfloat16InFloat32(), *_tidy()]
         Sequential(*passes)(traced)
     for value, (name, shape) in zip(traced.graph.outputs, outputs, strict=True):
         value.name, value.shape = name, shape  # a fused node's output takes the place, not the name
@@ -236,8 +275,12 @@ def both_graphs(traced: ir.Model, context_length: int, target: Target) -> tuple[
     for model, passes in ((traced, prefill_passes(target)), (decode, decode_passes(target))):
         with hidden_parameters(model):
             Sequential(*passes)(model)
-    for value, (name, shape) in zip(traced.graph.outputs[: len(outputs)], outputs, strict=True):
-        value.name, value.shape = name, shape  # a replaced node's output takes the place, not the name
+    for graph, asked in ((traced.graph, "asked"), (decode.graph, 1)):
+        kept = [item for item in outputs if graph is traced.graph or item[0] != HIDDEN]
+        for value, (name, shape) in zip(graph.outputs[: len(kept)], kept, strict=True):
+            # a replaced node's output takes the place, not the name, and inferring may have renamed its sizes
+            value.name = name
+            value.shape = shape and ir.Shape([asked if str(dim) == "asked" else dim for dim in shape])
     return traced, decode
 
 

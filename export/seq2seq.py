@@ -28,12 +28,12 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import _first_line, _place, lower, quiet
 from llmx.export.passes import encoder_graph
 from llmx.export.rope import untouched
+from llmx.export.shims import fake_tensors, shimmed
 from llmx.export.tokenizer import generation_config
 from llmx.export.trace import output_head
-from llmx.export.verify import Progress, check_logits
+from llmx.export.verify import Progress, check_logits, fitting
 from llmx.runtime.errors import CheckpointError, LlmxError, UnsupportedModelError
 from llmx.runtime.manifest import AudioInfo, Seq2SeqInfo, StateTensor, Verification
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -103,7 +103,7 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
     """Run `model` at two lengths under fake tensors. Raises UnsupportedModelError where it keeps another kind of cache."""
     output_head(model)
     caches, width = [], 0
-    with torch.no_grad(), untouched(model), tracing(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
         for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             try:
@@ -319,7 +319,7 @@ def verify_seq2seq(
             )
             arguments = {"input_features": source}
             tokens = torch.randint(0, backend.vocab_size, (1, steps), generator=random)
-        with torch.no_grad():
+        with torch.no_grad(), fitting(model, dtype):
             output = model(**arguments, decoder_input_ids=tokens, use_cache=False)
         want, path = output.logits[0].float().numpy(), tokens[0].numpy()
         backend.encode(row, source[0].numpy())

@@ -17,8 +17,8 @@ from llmx.export import attention
 from llmx.export.attention import LayerState, Recorder, StepInputs, recording
 from llmx.export.lowering import lower
 from llmx.export.rope import by_length, untouched
+from llmx.export.shims import fake_tensors, shimmed
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 #: Placeholder for "the rows of `hidden` at `positions`"; each graph lowers it its own way (llmx.export.passes).
 GATHER_POSITIONS = ("llmx", "GatherPositions")
@@ -121,7 +121,8 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
         torch.no_grad(),
         untouched(model),
         by_length(model, None),
-        FakeTensorMode(allow_non_fake_inputs=True),
+        fake_tensors(),
+        shimmed(),
         recording(recorder) as cache,
     ):
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.long)

@@ -8,7 +8,8 @@ that the tolerance covers the graph's arithmetic alone.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,10 @@ def verify(
     whole = () if backend.chunked else (_WHOLE_PROMPT,)
     lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length, whole)
     paths = []
-    for index, length in enumerate(lengths):
-        paths.append(reference_path(model, length, seed=index, stepwise=rule is not None))
-        progress(index + 1, 2 * len(lengths))
+    with fitting(model, dtype):
+        for index, length in enumerate(lengths):
+            paths.append(reference_path(model, length, seed=index, stepwise=rule is not None))
+            progress(index + 1, 2 * len(lengths))
     beyond = _beginning_of_a_long_prompt(model, 2 * rule.edge, backend.max_length) if rule else None
     del model
     worst, positions, tolerance = 0.0, 0, 0.0
@@ -78,6 +80,38 @@ def verify(
             worst, tolerance = difference, allowed
         positions += count
     return Verification("passed", max_abs_diff=worst, tolerance=tolerance, positions=positions)
+
+
+@contextmanager
+def fitting(model: torch.nn.Module, dtype: str) -> Iterator[None]:
+    """Raises VerificationError at the end where float32 `model`, run meanwhile, passed values between its modules that
+    float16 cannot hold. The CPU provider computes float16 graphs in float32 and would not show it; others overflow.
+    """
+    largest, place = 0.0, ""
+
+    def note(name: str, tensors: Any) -> None:
+        nonlocal largest, place
+        for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
+                top = float(tensor.abs().max())
+                if top > largest:
+                    largest, place = top, name
+
+    handles = []
+    for name, module in model.named_modules() if dtype == "float16" else ():
+        handles.append(module.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+        if isinstance(module, torch.nn.Linear):  # products of gates and values pass between modules here alone
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if largest > torch.finfo(torch.float16).max:
+        raise VerificationError(
+            f"The model overflows float16, which ends at 65504: {largest:.3g} passes through {place}; export with --dtype "
+            "bf16 or fp32."
+        )
 
 
 def _prompt_lengths(windows: list[int], edge: int | None, max_length: int, more: tuple[int, ...] = ()) -> list[int]:

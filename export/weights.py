@@ -217,9 +217,9 @@ def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, 
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None = None, attention: str | None = "eager"
+    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None = None, attention: str | None = None
 ) -> torch.nn.Module:
-    """The model as transformers loads it, with a LoRA adapter merged in when given.
+    """The model as transformers loads it (with its default attention unless told), a LoRA adapter merged in when given.
 
     Raises CheckpointError where weights are missing or of another shape, or the adapter does not fit.
     """

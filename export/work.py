@@ -113,6 +113,16 @@ class Work:
         _check_vocabulary(source, self.folder, tokenizer_file)
         return source
 
+    def plain_source(self, tokenizer_file: str) -> SourceModel:
+        """The model to trace as plain ONNX: with transformers' eager attention function where the model calls it through
+        their interface, else with the code that it runs by default (Falcon's own eager code adds ALiBi twice).
+        """
+        source = self.source(tokenizer_file, None)
+        module: Any = source.module
+        if module._can_set_attn_implementation():
+            module.set_attn_implementation("eager")
+        return source
+
     def write(
         self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
     ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:

@@ -278,8 +278,8 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     )
     save_checkpoint(RwkvForCausalLM(rwkv), tmp_path / "rwkv")
     refuses(UnsupportedModelError, "RwkvForCausalLM.forward takes no cache", tmp_path, tmp_path / "rwkv")
-    save_checkpoint(AutoModelForCausalLM.from_config(shrink("jetmoe")), tmp_path / "jetmoe")
-    refuses(UnsupportedModelError, r"modeling_jetmoe\.py:\d+", tmp_path, tmp_path / "jetmoe")
+    save_checkpoint(AutoModelForCausalLM.from_config(shrink("dbrx")), tmp_path / "dbrx")
+    refuses(UnsupportedModelError, r"modeling_dbrx\.py:\d+", tmp_path, tmp_path / "dbrx")
 
 
 def test_quantized_checkpoints_are_refused(fresh: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Python that a tracer cannot follow, in other words: what stands in for tensor methods while a model is probed or traced.
+
+Each says the same for any input that verification could tell apart from it; none knows a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Tensors without values, whose sizes may depend on values (they become symbols)."""
+    env = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` meanwhile."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def shimmed() -> Iterator[None]:
+    """All of this module's stand-ins."""
+    with ExitStack() as stack:
+        for owner, name, make in _SHIMS:
+            stack.enter_context(replaced(owner, name, make(getattr(owner, name))))
+        yield
+
+
+class EveryIndex:
+    """`hits.nonzero()` of a vector of static length, for a loop over the hits: every index, hit or not.
+
+    Mixtures of experts loop over the experts that some token chose. A loop over all of them does the same, as one that
+    nobody chose has no rows. It can be looped over and nothing else, so that no index of it takes part in arithmetic; that the
+    loop's body is neutral for the others is seen in verification, whose single decoded tokens choose few experts.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (torch.tensor([index]) for index in range(self._length))
+
+
+def _nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
+    def nonzero(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        plain = not args and not kwargs.get("as_tuple", False)
+        if plain and self.ndim == 1 and self.dtype == torch.bool and type(self.shape[0]) is int:
+            return EveryIndex(self.shape[0])
+        return original(self, *args, **kwargs)
+
+    return nonzero
+
+
+def _where(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a mask's hits are counted by the input, a graph is traced for "some": none and one run through it as well."""
+
+    def where(condition: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(condition, *args, **kwargs)
+        if isinstance(found, tuple) and found and isinstance(found[0].shape[0], torch.SymInt):
+            torch._check(found[0].shape[0] > 1)
+        return found
+
+    return where
+
+
+def _getitem(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Complex tensors by their parts: ONNX has no complex Unsqueeze."""
+
+    def getitem(self: torch.Tensor, index: Any) -> torch.Tensor:
+        if self.is_complex():
+            return torch.complex(original(self.real, index), original(self.imag, index))
+        item: torch.Tensor = original(self, index)
+        return item
+
+    return getitem
+
+
+_SHIMS: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
+    (torch.Tensor, "nonzero", _nonzero),
+    (torch, "where", _where),
+    (torch.Tensor, "__getitem__", _getitem),
+]

@@ -1,0 +1,117 @@
+"""The hyper-parameter grid: every logit of ragged prompts and of the tokens after them, beside PyTorch's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from llmx.export import ExportOptions, export_model
+from llmx.export.package import hash_files, write_manifest
+from llmx.export.rope import length_rule
+from llmx.export.verify import reference_path
+from llmx.runtime import LLM, load_manifest
+from llmx.runtime.backend import recompute
+from llmx.runtime.manifest import MANIFEST_FILE
+from zoo.grid import CI, CI_16, GRID, make_grid_model
+from zoo.models import save_checkpoint
+
+#: Largest difference of logits: absolute in fp32; in 16 bits as a part of the largest logit.
+FP32, FP16, BF16 = 1e-4, 1e-2, 1e-2
+LENGTHS = (7, 61, 23)
+NEW_TOKENS = 12
+
+
+def _slow_but(names: list[str]) -> list[Any]:
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in GRID]
+
+
+CASES, CASES_16 = _slow_but(CI), _slow_but(CI_16)
+
+
+def export_of(model: Any, work: Path, dtype: str) -> Path:
+    """The package, written without the export's own comparison."""
+    checkpoint = save_checkpoint(model, work / "checkpoint")
+    return export_model(ExportOptions(str(checkpoint), work / "package", dtype=dtype, verify=False)).path
+
+
+def largest_difference(folder: Path, model: Any) -> tuple[float, float]:
+    """(largest difference, largest logit) over prompts prefilled in chunks and decoded in one batch on PyTorch's tokens."""
+    stepwise = length_rule(model) is not None
+    paths = [reference_path(model, n, seed, NEW_TOKENS, stepwise) for seed, n in enumerate(LENGTHS)]
+    worst = 0.0
+    with LLM(folder, slots=len(paths), threads=1) as llm:
+        backend = llm.backend
+        for row, path in enumerate(paths):
+            chunk = 9 if backend.chunked else path.prompt_length
+            for start in range(0, path.prompt_length, chunk):
+                tokens = path.tokens[start : min(start + chunk, path.prompt_length)]
+                got = backend.prefill(row, tokens, start, np.arange(len(tokens)), path.rope_length)
+                worst = max(worst, float(np.abs(got - path.logits[start : start + len(tokens)]).max()))
+        for step in range(NEW_TOKENS):
+            at = np.array([path.prompt_length + step for path in paths])
+            for row, path in enumerate(paths):
+                if at[row] == backend.recompute_at:
+                    recompute(backend, row, path.tokens[: at[row]], 9)
+            got = backend.decode(np.array([p.tokens[n] for p, n in zip(paths, at, strict=True)]), at)
+            want = np.array([p.logits[n] for p, n in zip(paths, at, strict=True)])
+            worst = max(worst, float(np.abs(got - want).max()))
+    return worst, max(float(np.abs(path.logits).max()) for path in paths)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fp32(name: str, tmp_path: Path) -> None:
+    model = make_grid_model(name)
+    worst, _ = largest_difference(export_of(model, tmp_path, "fp32"), model)
+    assert worst <= FP32
+
+
+@pytest.mark.parametrize("name", CASES_16)
+def test_fp16(name: str, tmp_path: Path) -> None:
+    """Against PyTorch in float32 on the same rounded weights."""
+    model = make_grid_model(name)
+    folder = export_of(model, tmp_path, "fp16")
+    worst, scale = largest_difference(folder, model.half().float())
+    assert worst <= FP16 * max(1.0, scale)
+
+
+@pytest.mark.parametrize("name", CASES_16)
+def test_bf16(name: str, tmp_path: Path) -> None:
+    """The CPU provider has no bfloat16 kernels. The graph with its rounded weights and constants is compared, computed in
+    float32; how a bfloat16 computation rounds is not.
+    """
+    model = make_grid_model(name)
+    folder = in_float32(export_of(model, tmp_path, "bf16"))
+    worst, scale = largest_difference(folder, model.bfloat16().float())
+    assert worst <= BF16 * max(1.0, scale)
+
+
+def in_float32(folder: Path) -> Path:
+    """The bfloat16 package with every bfloat16 tensor, cast and state in float32, in place."""
+    manifest = load_manifest(folder)
+    for graph in manifest.graphs.values():
+        model = ir.load(folder / graph.file)
+        for value in [*model.graph.initializers.values()]:
+            tensor = value.const_value
+            assert tensor is not None
+            wide = tensor.numpy().astype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else tensor.numpy()
+            value.const_value = ir.tensor(wide, name=value.name)
+            value.type = ir.TensorType(value.const_value.dtype)
+        for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+            if value.dtype == ir.DataType.BFLOAT16:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+        for node in model.graph:
+            if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
+                node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+            assert all(
+                a.type != ir.AttributeType.TENSOR or a.as_tensor().dtype != ir.DataType.BFLOAT16
+                for a in node.attributes.values()
+            )
+        ir.save(model, folder / graph.file)
+    wide_json = manifest.to_json().replace('"bfloat16"', '"float32"')
+    (folder / MANIFEST_FILE).write_text(wide_json)
+    write_manifest(folder, replace(load_manifest(folder, check_sizes=False), files=hash_files(folder, {})))
+    return folder
