@@ -5,6 +5,7 @@ Each says the same for any input that verification could tell apart from it; non
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,8 +45,8 @@ class EveryIndex:
     """`hits.nonzero()` of a vector of static length, for a loop over the hits: every index, hit or not.
 
     Mixtures of experts loop over the experts that some token chose. A loop over all of them does the same, as one that
-    nobody chose has no rows. It can be looped over and nothing else, so that no index of it takes part in arithmetic; that the
-    loop's body is neutral for the others is seen in verification, whose single decoded tokens choose few experts.
+    nobody chose has no rows. It can be looped over and nothing else; that the loop's body is neutral for the others is seen
+    in verification, whose single decoded tokens choose few experts.
     """
 
     def __init__(self, length: int) -> None:
@@ -54,14 +55,28 @@ class EveryIndex:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (torch.tensor([index]) for index in range(self._length))
+    def __iter__(self) -> Iterator[_Index]:
+        return (_Index([index]) for index in range(self._length))
+
+
+class _Index(list[int]):
+    """A row [index] of `nonzero()`: an index for tensors as it is, a number by `[0]` or `item()`."""
+
+    def item(self) -> int:
+        return self[0]
 
 
 def _nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
     def nonzero(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         plain = not args and not kwargs.get("as_tuple", False)
-        if plain and self.ndim == 1 and self.dtype == torch.bool and type(self.shape[0]) is int:
+        caller = str(sys._getframe(1).f_globals.get("__name__"))  # PyTorch's own shape functions want the tensor
+        if (
+            plain
+            and not caller.startswith("torch.")
+            and self.ndim == 1
+            and self.dtype == torch.bool
+            and type(self.shape[0]) is int
+        ):
             return EveryIndex(self.shape[0])
         return original(self, *args, **kwargs)
 

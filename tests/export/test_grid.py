@@ -56,7 +56,7 @@ def largest_difference(folder: Path, model: Any) -> tuple[float, float]:
             for row, path in enumerate(paths):
                 if at[row] == backend.recompute_at:
                     recompute(backend, row, path.tokens[: at[row]], 9)
-            got = backend.decode(np.array([p.tokens[n] for p, n in zip(paths, at, strict=True)]), at)
+            got = backend.decode(np.array([p.tokens[n] for p, n in zip(paths, at, strict=True)]), at).rows()
             want = np.array([p.logits[n] for p, n in zip(paths, at, strict=True)])
             worst = max(worst, float(np.abs(got - want).max()))
     return worst, max(float(np.abs(path.logits).max()) for path in paths)

@@ -107,12 +107,12 @@ def test_what_lies_in_the_padding_is_never_read(package: Callable[[str], Path]) 
         backend = llm.backend
         short = PROMPT[:9]
         clean = backend.prefill(0, short, 0, np.array([8]))[0].copy()
-        step = backend.decode(np.array([7]), np.array([9]))[0].copy()
+        step = backend.decode(np.array([7]), np.array([9])).row(0).copy()
         backend.prefill(0, PROMPT[::-1].copy(), 0, np.array([60]))
         backend.prefill(1, PROMPT, 0, np.array([60]))
         np.testing.assert_array_equal(backend.prefill(0, short, 0, np.array([8]))[0], clean)
         both = backend.decode(np.array([7, 3]), np.array([9, 61]))
-        np.testing.assert_allclose(both[0], step, atol=2e-5)
+        np.testing.assert_allclose(both.row(0), step, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
@@ -125,8 +125,8 @@ def test_sizes_of_zero_and_one(name: str, package: Callable[[str], Path]) -> Non
         np.testing.assert_allclose(backend.prefill(1, PROMPT[:1], 0, np.array([0]))[0], want[0], atol=1e-4)
         active = np.array([False, True, False])
         rows = backend.decode(np.array([0, PROMPT[1], 0]), np.array([40, 1, 0]), active)
-        np.testing.assert_allclose(rows[1], want[1], atol=1e-4)
-        np.testing.assert_allclose(backend.decode(PROMPT[40:41], np.array([40]))[0], want[40], atol=1e-4)
+        np.testing.assert_allclose(rows.row(1), want[1], atol=1e-4)
+        np.testing.assert_allclose(backend.decode(PROMPT[40:41], np.array([40])).row(0), want[40], atol=1e-4)
 
 
 def test_fp16_activations_that_overflow_are_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ RULES: dict[str, Any] = {
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "qk_head_dim": 32,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
     "hidden_size_per_layer_input": 16, "lru_width": 64, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "index_topk": 512,
-    "index_n_heads": 2, "index_head_dim": 16, "decoder_start_token_id": 0,
+    "zero_expert_num": 2, "index_n_heads": 2, "index_head_dim": 16, "decoder_start_token_id": 0,
 }  # fmt: skip
 
 #: What the rules alone do not make consistent: type -> fields.
