@@ -106,10 +106,10 @@ def in_float32(folder: Path) -> Path:
         for node in model.graph:
             if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
                 node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
-            assert all(
-                a.type != ir.AttributeType.TENSOR or a.as_tensor().dtype != ir.DataType.BFLOAT16
-                for a in node.attributes.values()
-            )
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
+                    wide = attribute.as_tensor().numpy().astype(np.float32)
+                    node.attributes[name] = ir.AttrTensor(name, ir.tensor(wide))
         ir.save(model, folder / graph.file)
     wide_json = manifest.to_json().replace('"bfloat16"', '"float32"')
     (folder / MANIFEST_FILE).write_text(wide_json)
