@@ -71,6 +71,7 @@ def _plain(theta: float, positions: int) -> dict[str, Any]:
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _llama(2, 64, 128, 4, 2, 512, **_plain(10000.0, 2048)),
     "smollm2-135m": _llama(30, 576, 1536, 9, 3, 49152, **_plain(100000.0, 8192)),
+    "smollm2-135m-128k": _llama(30, 576, 1536, 9, 3, 128256, **_plain(100000.0, 8192)),  # a Llama 3 vocabulary
     "llama-1b": _llama(16, 2048, 8192, 32, 8, 128256, **_llama3(32.0)),
     "llama-3b": _llama(28, 3072, 8192, 24, 8, 128256, **_llama3(32.0)),
     "llama-8b": _llama(32, 4096, 14336, 32, 8, 128256, tied=False, **_llama3(8.0)),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from llmx.cli.bench_serve import command as serve
 from llmx.cli.common import reason, status
 
 
@@ -173,3 +174,6 @@ def _lines(report: dict[str, Any]) -> list[str]:
             "GB/s, what a copy reaches here. Host: a decode step's part outside onnxruntime's run call."
         )
     return lines
+
+
+command.add_command(serve)
