@@ -16,6 +16,8 @@ from llmx.runtime.params import SamplingParams
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 
+_KEPT_TEMPLATES = 32  # compiled ones; a template that a caller gives as text is one
+
 
 @dataclass(frozen=True)
 class ChatRequest:
@@ -117,7 +119,11 @@ class Conversations:
         transformers' `get_chat_template`. Raises RequestError where there is none.
         """
         if chosen is not None and chosen not in self.files and _is_source(chosen):
-            return ChatTemplate(chosen, self._tokenizer.info.special_tokens)
+            if chosen not in self._compiled:
+                if len(self._compiled) >= _KEPT_TEMPLATES:
+                    self._compiled.clear()
+                self._compiled[chosen] = ChatTemplate(chosen, self._tokenizer.info.special_tokens)
+            return self._compiled[chosen]
         name = chosen if chosen is not None else "tool_use" if tools and "tool_use" in self.files else "default"
         if name not in self.files:
             names = ", ".join(sorted(self.files))

@@ -285,6 +285,12 @@ class LLM:
         self.need_generation()
         return self._conversations.request(messages, **options)
 
+    @property
+    def conversations(self) -> Conversations:
+        """The package's chat templates, and the format of its answers."""
+        self.need_generation()
+        return self._conversations
+
     def chat_prompt(self, messages: Seq[Mapping[str, Any]], **options: Any) -> str:
         """The text that the chat template makes of `messages`; options as `chat_request`'s."""
         return self.chat_request(messages, **options).prompt

@@ -87,7 +87,7 @@ def create_app(models: Models, config: ServeConfig) -> FastAPI:
 
 def _add_routes(app: FastAPI) -> None:
     wrong: dict[int | str, dict[str, Any]] = {
-        status: {"model": responses.Error} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+        status: {"model": responses.Error} for status in (400, 401, 404, 408, 413, 415, 429, 500, 501, 503, 504)
     }
     for path, handler, body, result, summary in _POSTS:
         answers = dict(wrong)

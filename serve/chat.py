@@ -75,7 +75,7 @@ class Chat:
         if body.reasoning_effort is not None:
             variables["reasoning_effort"] = body.reasoning_effort
         self.request = chat_request(
-            self.model.llm,
+            self.model,
             body.messages,
             None if body.tool_choice == "none" else body.tools,
             variables,

@@ -19,6 +19,15 @@ class ServeConfig(BaseModel):
     onnx: list[str] = Field(
         [], description="A package folder or hub id, or NAME=DIR to serve it as NAME; several may be given."
     )
+    chat_template: str | None = Field(
+        None, description="A Jinja file, or the name of one of the package's templates, instead of its default."
+    )
+    tool_call_parser: str | None = Field(
+        "auto", description="The format of the models' tool calls (docs/chat.md), auto, or none."
+    )
+    reasoning_parser: str | None = Field(
+        "auto", description="The format of the models' reasoning (docs/chat.md), auto, or none."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: list[SecretStr] = Field(

@@ -10,6 +10,7 @@ from llmx.runtime.errors import (
     ContextLengthError,
     FamilyError,
     LlmxError,
+    MissingDependencyError,
     OutOfMemoryError,
     RequestError,
 )
@@ -72,6 +73,8 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
         )
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, "out_of_memory", str(error), headers={"retry-after": "5"})
+    if isinstance(error, MissingDependencyError):
+        return ApiError(501, "not_installed", str(error))
     if isinstance(error, LlmxError):
         return ApiError(500, "model_error", str(error))
     return ApiError(500, "internal_error", "The server failed at this request; its log has the reason.")

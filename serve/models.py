@@ -82,6 +82,7 @@ class Model:
     llm: LLM
     queue: Queue
     created: int = field(default_factory=lambda: int(time.time()))
+    chat_options: dict[str, Any] = field(default_factory=dict)  # of `LLM.chat_request`, for every conversation
     aio: AsyncLLM | None = None
     _prepare: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "llmx-prepare"))
     _encode: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llmx-encode"))
@@ -223,7 +224,10 @@ def load_models(config: ServeConfig) -> Models:
             llm = loaded.enter_context(_load(path, config))
             llm.warmup()
             slots = config.slots if llm.encoder is None else 1
-            models.append(Model(name, llm, Queue(slots, config.max_queue)))
+            model = Model(name, llm, Queue(slots, config.max_queue))
+            models.append(model)
+            if llm.encoder is None:
+                model.chat_options = _chat_options(llm, config)
         loaded.pop_all()
     return Models(models)
 
@@ -242,6 +246,19 @@ def _load(path: str, config: ServeConfig) -> LLM:
     except LlmxError as error:
         error.args = (f"{path}: {error}" if path not in str(error) else str(error),)
         raise
+
+
+def _chat_options(llm: LLM, config: ServeConfig) -> dict[str, Any]:
+    """Raises RequestError for a template that cannot be read, or a format that there is not."""
+    template = config.chat_template
+    if template is not None and Path(template).is_file():
+        template = Path(template).read_text(encoding="utf-8")
+    parsers = {"tool_calls": config.tool_call_parser, "reasoning": config.reasoning_parser}
+    options = {name: None if value == "none" else value for name, value in parsers.items()}
+    if template is not None:
+        llm.conversations.template(template)
+    llm.conversations.format(**options, chat_template=template)
+    return {"chat_template": template, **options}
 
 
 def _name_and_path(entry: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 from llmx.runtime import LLM
 from llmx.runtime.conversation import ChatRequest
 from llmx.serve.errors import bad_request
+from llmx.serve.models import Model
 from llmx.serve.protocol import Message, Tool
 
 #: What a request may not set as a template's variable: the API's own fields, and what the server chooses.
@@ -63,7 +64,7 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
 
 
 def chat_request(
-    llm: LLM, messages: list[Message], tools: list[Tool] | None, variables: dict[str, Any] | None, **options: Any
+    model: Model, messages: list[Message], tools: list[Tool] | None, variables: dict[str, Any] | None, **options: Any
 ) -> ChatRequest:
     """A conversation, ready to run. `variables` are the template's. Raises ApiError, and RequestError where the template
     refuses the messages.
@@ -71,11 +72,10 @@ def chat_request(
     reserved = RESERVED & set(variables or {})
     if reserved:
         raise bad_request(f"chat_template_kwargs must not hold {sorted(reserved)[0]}.", "chat_template_kwargs")
-    guard = Guard(llm)
+    guard = Guard(model.llm)
     plain_tools = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
-    request = llm.chat_request(
-        guard.hide(plain_messages(messages)), tools=guard.hide(plain_tools), **options, **(variables or {})
-    )
+    chosen = {**model.chat_options, **options, **(variables or {})}
+    request = model.llm.chat_request(guard.hide(plain_messages(messages)), tools=guard.hide(plain_tools), **chosen)
     return replace(request, token_ids=guard.encode(request.prompt)) if guard.hides else request
 
 

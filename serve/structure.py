@@ -54,7 +54,8 @@ def of_calls(tools: list[Tool], single: bool) -> dict[str, Any]:
         for tool in tools
     ]
     call = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {"json": call if single else {"type": "array", "items": call, "minItems": 1}}
+    form = call if single else {"type": "array", "items": call, "minItems": 1}
+    return {"json": form, "disable_any_whitespace": True}
 
 
 def check_supported(wanted: dict[str, Any] | None, param: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from llmx.runtime import LLM
 from llmx.serve.body import read
 from llmx.serve.errors import bad_request
 from llmx.serve.models import Model
@@ -17,18 +16,18 @@ async def tokenize(request: Request) -> Response:
     model: Model = request.app.state.models.get(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Give prompt or messages, one of them.", "prompt")
-    ids = await model.off_loop(_ids, model.llm, body)
+    ids = await model.off_loop(_ids, model, body)
     result = {"count": len(ids), "max_model_len": model.llm.max_length, "tokens": ids}
     if body.return_token_strs:
         result["token_strs"] = [model.llm.tokenizer.token(i) for i in ids]
     return JSONResponse(result)
 
 
-def _ids(llm: LLM, body: TokenizeRequest) -> list[int]:
+def _ids(model: Model, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
-        return llm.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
+        return model.llm.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
     return chat_request(
-        llm,
+        model,
         body.messages or [],
         body.tools,
         body.chat_template_kwargs,
