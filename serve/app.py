@@ -109,7 +109,12 @@ def _add_routes(app: FastAPI) -> None:
         answers = {status: wrong[status] for status in (401, 404, 500, 503)}
         if shown is not None:
             answers[200] = {"model": shown}
-        app.add_api_route(path, handler, methods=["GET"], summary=summary, responses=answers, response_model=None)
+        if path == "/metrics":
+            answers[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+        kind = PlainTextResponse if path == "/metrics" else JSONResponse
+        app.add_api_route(
+            path, handler, methods=["GET"], summary=summary, responses=answers, response_model=None, response_class=kind
+        )
 
 
 async def _failed(request: Request, error: Exception) -> Response:

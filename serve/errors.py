@@ -58,7 +58,9 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
-        return ApiError(400, "context_length_exceeded", str(error), prompt)
+        # LiteLLM and others know it by OpenAI's words
+        message = f"This model's maximum context length is exceeded: {error}"
+        return ApiError(400, "context_length_exceeded", message, prompt)
     if isinstance(error, RequestError):
         named = _NAMED.match(str(error))
         field = named[1] if named is not None and named[1] in fields else prompt

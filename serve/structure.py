@@ -40,7 +40,7 @@ def required_tools(body: ChatRequest) -> list[Tool]:
 
 
 def of_calls(tools: list[Tool], single: bool) -> dict[str, Any]:
-    """`structured_outputs` for one call of `tools`, or a list of calls."""
+    """`structured_outputs` for one call of `tools`, or a list of calls: compact, and with no arguments that are not named."""
     calls = [
         {
             "type": "object",
@@ -55,7 +55,7 @@ def of_calls(tools: list[Tool], single: bool) -> dict[str, Any]:
     ]
     call = calls[0] if len(calls) == 1 else {"anyOf": calls}
     form = call if single else {"type": "array", "items": call, "minItems": 1}
-    return {"json": form, "disable_any_whitespace": True}
+    return {"json": form, "disable_any_whitespace": True, "disable_additional_properties": True}
 
 
 def check_supported(wanted: dict[str, Any] | None, param: str) -> None:
