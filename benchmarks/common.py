@@ -119,8 +119,7 @@ def machine() -> dict[str, Any]:
         ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False
     ).stdout.split("\n")[:-1] if shutil.which("nvidia-smi") else []  # fmt: skip
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    commit, changed = _said([*git, "rev-parse", "--short", "HEAD"]), _said([*git, "status", "--porcelain", "-uno"])
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": facts.get("model name") or platform.processor() or platform.machine(),
@@ -134,8 +133,16 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions("llmx", "onnxruntime", "transformers", "torch", "numpy"),
         "environment": {name: os.environ[name] for name in _TOLD if name in os.environ},
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "commit": os.environ.get("LLMX_COMMIT") or commit + ("+changes" if changed else ""),
     }
+
+
+def _said(command: list[str]) -> str:
+    """What a command prints; nothing where it is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -236,6 +236,15 @@ class CudaMemory:
             return f"error {status}"
         return text.value.decode()
 
+    @property
+    def capability(self) -> int:
+        """The GPU's compute capability, 10 times (90: Hopper)."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        for value, attribute in ((major, 75), (minor, 76)):
+            status = self._driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, self._device)
+            self._check(status, "tell what it is")
+        return 10 * major.value + minor.value
+
     def activate(self) -> None:
         self._check(self._driver.cuCtxSetCurrent(self._context), "use the device")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +54,30 @@ def open_on_device(
         free = memory.free_bytes() - OVERHEAD - logits - spare
         weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
         plan = plan_state(manifest, max_length, slots, free, weights, "on the GPU")
-        sessions = open_device_sessions(folder, manifest, memory, cuda_options(device, memory.stream))
+        with attention_kernels(manifest, memory.capability):
+            sessions = open_device_sessions(folder, manifest, memory, cuda_options(device, memory.stream))
         return DeviceBackend(manifest, sessions, memory, plan, ahead)
     except BaseException:
         memory.close()
         raise
+
+
+@contextlib.contextmanager
+def attention_kernels(manifest: Manifest, capability: int) -> Iterator[None]:
+    """While sessions are opened: onnxruntime's choice of attention kernels for steps, which only its environment takes.
+
+    It prefers XQA. From Hopper on cuDNN's is faster (8 % of a step at 32 rows of 512 positions, H200, onnxruntime
+    1.31.1), and next in line where no layer has a window. Whoever sets ORT_ENABLE_XQA is not overruled.
+    """
+    name = "ORT_ENABLE_XQA"
+    chosen = name in os.environ or capability < 90 or any(tensor.window is not None for tensor in manifest.state)
+    if not chosen:
+        os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[name]
 
 
 def cuda_options(device: Device, stream: int) -> list[Any]:
