@@ -56,6 +56,8 @@ class Engine:
         self._live: list[Request] = []
         self._lock = threading.Lock()
         self._ids = itertools.count()
+        #: Tokens generated so far, those of running requests included.
+        self.num_output_tokens = 0
         self._ended: Callable[[], LlmxError] | None = None
 
     def add(
@@ -351,6 +353,7 @@ class Engine:
         metrics.first_token = metrics.first_token or now
         metrics.last_token = now
         metrics.num_output_tokens += 1
+        self.num_output_tokens += 1
 
     def _note_logprobs(self, sequence: Sequence, choice: Choice) -> list[dict[int, Logprob]] | None:
         if choice.logprob is None:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from llmx.runtime import LlmxError
 from llmx.serve import protocol, responses
-from llmx.serve.auth import Keys
+from llmx.serve.auth import OPEN, Keys
 from llmx.serve.body import takes
 from llmx.serve.chat import chat_completions
 from llmx.serve.completions import completions
@@ -23,6 +23,7 @@ from llmx.serve.metrics import Metrics
 from llmx.serve.models import Model, Models, Pump
 from llmx.serve.observe import Observer
 from llmx.serve.tokens import detokenize, tokenize
+from llmx.serve.web import PATHS, add_page
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -72,10 +73,11 @@ def create_app(models: Models, config: ServeConfig) -> FastAPI:
     app.state.metrics = Metrics(models)
     app.state.started = time.time()
     _add_routes(app)
+    add_page(app)
     app.add_exception_handler(Exception, _failed)
     for kind in (ApiError, LlmxError, TimeoutError, HTTPException):
         app.add_exception_handler(kind, _failed)
-    app.add_middleware(Keys, keys=[key.get_secret_value() for key in config.api_key])
+    app.add_middleware(Keys, keys=[key.get_secret_value() for key in config.api_key], open_paths=OPEN | PATHS)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origin, allow_methods=["GET", "POST"], allow_headers=["*"]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from llmx.serve.errors import ApiError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-#: Paths that need no key. Add a page's static files here, never an endpoint that reads or runs anything.
+#: Paths that need no key, besides the page's static files (web.PATHS). Never an endpoint that reads or runs anything.
 OPEN = frozenset({"/health"})
 
 

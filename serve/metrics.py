@@ -27,7 +27,6 @@ class Metrics:
             "request_success", "Requests by how they ended.", ("model_name", "finished_reason")
         )
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of ended requests.")
-        self._output = self._counter("generation_tokens", "Tokens generated.")
         self._seconds = {
             name: self._histogram(name, text, _SECONDS)
             for name, text in (
@@ -65,7 +64,6 @@ class Metrics:
             for sequence in request.sequences:
                 self._success.labels(name, sequence.finish_reason or "abort").inc()
             self._prompt.labels(name).inc(m.num_prompt_tokens)
-            self._output.labels(name).inc(m.num_output_tokens)
             self._sizes["request_prompt_tokens"].labels(name).observe(m.num_prompt_tokens)
             self._sizes["request_generation_tokens"].labels(name).observe(m.num_output_tokens)
             self._sizes["request_params_n"].labels(name).observe(request.params.n)
@@ -108,11 +106,13 @@ class _Engines(Collector):
             "vllm:num_preemptions", "Requests preempted: none, slots are whole.", labels=_LABEL
         )
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=_LABEL)
+        output = CounterMetricFamily("vllm:generation_tokens", "Tokens generated.", labels=_LABEL)
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens whose state was kept.", labels=_LABEL)
         for model in self._models:
             if model.llm.encoder is not None:
                 continue
             held = model.llm.engine.scheduler.pool.held()
+            output.add_metric([model.name], model.llm.engine.num_output_tokens)
             positions = model.llm.backend.slots * model.llm.max_length
             running.add_metric([model.name], len(held))
             waiting.add_metric([model.name], max(0, model.queue.taken - len(held)))
@@ -121,4 +121,4 @@ class _Engines(Collector):
             cache = model.llm.engine.prefix_cache
             queries.add_metric([model.name], cache.num_queries if cache else 0)
             hits.add_metric([model.name], cache.num_hits if cache else 0)
-        return [running, waiting, usage, preempted, queries, hits]
+        return [running, waiting, usage, preempted, queries, hits, output]
