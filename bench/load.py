@@ -81,7 +81,7 @@ def make_prompts(load: Load) -> list[Prompt]:
     """`num_prompts` random prompts; all begin with the same `prefix_len` tokens. Lengths vary by `range_ratio` either way."""
     rng = np.random.default_rng(load.seed)
     tokenizer = _tokenizer(load.tokenizer) if load.tokenizer is not None else None
-    vocab = tokenizer.get_vocab_size() if tokenizer is not None else load.vocab_size
+    vocab = load.vocab_size if tokenizer is None else min(load.vocab_size, tokenizer.get_vocab_size())
     prefix = rng.integers(0, vocab, load.prefix_len).tolist()
 
     def length(wanted: int) -> int:
