@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from llmx.cli.common import load, model_options, reason, sampling_options, sampling_params
+from llmx.cli.common import load, model_options, reason
 from llmx.cli.conversation import opening, show, template_arguments, template_options
+from llmx.cli.sampling import GroupedCommand, sampling_options, sampling_params
 
 _HELP = (
     "Commands: /reset forgets the conversation, /exit (or Ctrl-D) leaves. "
@@ -16,7 +17,7 @@ _HELP = (
 )
 
 
-@click.command(name="chat")
+@click.command(name="chat", cls=GroupedCommand)
 @model_options
 @template_options
 @sampling_options

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.runtime.params import SamplingParams
 
 _ONNX = click.option(
     "--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or the hub id of a published package."
@@ -45,46 +44,6 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _all(function, _ONNX, _DEVICE, _THREADS, _REVISION, _BATCH_SIZE)
 
 
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Sampling parameters; None leaves the package's default."""
-    for option in reversed(
-        [
-            click.option(
-                "-n", "--max-tokens", type=int, help="Most tokens to generate [default: the package's, else 256]."
-            ),
-            click.option("--temperature", type=float, help="0 is greedy [default: the package's]."),
-            click.option("--top-k", type=int, help="Sample from the K most likely tokens."),
-            click.option(
-                "--top-p", type=float, help="Sample from the most likely tokens that make up this probability."
-            ),
-            click.option("--min-p", type=float, help="Drop tokens less likely than this part of the likeliest."),
-            click.option("--seed", type=int, help="Make the draws repeatable."),
-            click.option("--num-beams", type=int, help="Beams of a beam search [default: the package's, else none]."),
-            click.option("--length-penalty", type=float, help="Above 0 a beam search favours longer outputs."),
-            click.option("--stop", multiple=True, help="End at this text (may be given several times)."),
-            click.option("--ignore-eos", is_flag=True, help="Go on past the model's end tokens."),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-def sampling_params(options: dict[str, Any], **more: Any) -> SamplingParams:
-    """The SamplingParams of `sampling_options`."""
-    names = (
-        "max_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-        "ignore_eos",
-        "num_beams",
-        "length_penalty",
-    )
-    return SamplingParams(stop=list(options["stop"]), **{name: options[name] for name in names}, **more)
-
-
 def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
     """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. A beam search gets the slots that it
     needs. Raises FamilyError where it is to generate and cannot.
@@ -118,7 +77,7 @@ def status(text: str) -> Any:
     return Console(stderr=True, quiet=not sys.stderr.isatty()).status(escape(text))
 
 
-def _read(file: Path | None, what: str) -> str:
+def read_file(file: Path | None, what: str) -> str:
     """The text of `file`, or of standard input where it is None."""
     try:
         return file.read_text(encoding="utf-8") if file is not None else sys.stdin.read()
@@ -142,7 +101,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         return prompt
     if prompt_file is None and sys.stdin.isatty():
         raise click.UsageError("Give a prompt: --prompt TEXT, --prompt-file FILE, or text on standard input.")
-    return _read(prompt_file, "prompt")
+    return read_file(prompt_file, "prompt")
 
 
 def text_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,7 +125,7 @@ def read_texts(text: tuple[str, ...], text_file: Path | None) -> list[str]:
     if not text:
         if text_file is None and sys.stdin.isatty():
             raise click.UsageError("Give a text: --text TEXT, --text-file FILE, or lines on standard input.")
-        texts = [line for line in _read(text_file, "text").split("\n") if line.strip()]
+        texts = [line for line in read_file(text_file, "text").split("\n") if line.strip()]
     if not texts or not all(t.strip() for t in texts):
         raise click.UsageError("A text is empty; give at least one character.")
     return texts

@@ -22,6 +22,7 @@ _COMMANDS = {
     "fill-mask": ("llmx.cli.fill_mask", "Propose words for the mask in a text."),
     "verify": ("llmx.cli.verify", "Compare a package with its PyTorch source: logits, tokens, perplexity."),
     "bench": ("llmx.cli.bench", "Measure how fast a package runs on this machine."),
+    "perplexity": ("llmx.cli.perplexity", "Measure how well a model predicts a text."),
     "inspect": ("llmx.cli.inspect", "Show what a package holds: graphs, operators, sizes, state."),
     "doctor": ("llmx.cli.doctor", "Show what this machine can run, and how to fix what is missing."),
     "completion": ("llmx.cli.completion", "Print the shell completion script for bash, zsh or fish."),

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import load, model_options, read_prompt, sampling_options, sampling_params
+from llmx.cli.common import load, model_options, read_prompt
 from llmx.cli.conversation import opening, show, template_arguments, template_options
 from llmx.cli.profile import profile_option
+from llmx.cli.sampling import GroupedCommand, sampling_options, sampling_params
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command(name="run")
+@click.command(name="run", cls=GroupedCommand)
 @model_options
 @click.option("--prompt", help="Text to continue [default: standard input].")
 @click.option(
@@ -32,6 +33,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--prefill", help="What the answer begins with (with --chat).")
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
+@click.option("--logprobs", type=int, help="Put each token's log-probability, and the N likeliest, into the JSON.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
 @profile_option
 def command(
@@ -44,6 +46,7 @@ def command(
     tools: Path | None,
     prefill: str | None,
     as_json: bool,
+    logprobs: int | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -56,6 +59,7 @@ def command(
       echo "Once upon a time" | llmx run --onnx artifacts/demo --json
       llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
       llmx run --onnx artifacts/qwen --chat --prompt "Is it warm in Rome?" --tools tools.json --json
+      llmx run --onnx artifacts/demo --prompt "KING:" --regex "[A-Z ]+[.!?]" --repetition-penalty 1.2
       llmx run --onnx artifacts/whisper --audio speech.wav --language en
       llmx run --onnx artifacts/demo --prompt "ROMEO:" --profile trace.json
     """
@@ -67,7 +71,9 @@ def command(
     if language is not None:
         raise click.UsageError("--language goes with --audio.")
     text = read_prompt(prompt, prompt_file)
-    params = sampling_params(options)
+    params = sampling_params(options, logprobs=logprobs)
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs goes with --json.")
     if not text:
         raise click.UsageError("The prompt is empty; give at least one character.")
     arguments = template_arguments(options, tools)
@@ -124,6 +130,20 @@ def _timings(metrics: Any, quiet: bool) -> None:
         )
 
 
+def _logprobs(result: Any) -> list[list[dict[str, Any]]]:
+    """For each token of the output the tokens that were looked at, the chosen one first."""
+    rows = []
+    for token, known in zip(result.token_ids, result.logprobs, strict=True):
+        ids = [token, *(other for other in known if other != token)]
+        rows.append(
+            [
+                {"token_id": i, "token": known[i].decoded_token, "logprob": known[i].logprob, "rank": known[i].rank}
+                for i in ids
+            ]
+        )
+    return rows
+
+
 def _print_json(output: Any) -> None:
     result, metrics = output.outputs[0], output.metrics
     message = {"message": result.message.to_dict()} if result.message is not None else {}
@@ -134,6 +154,7 @@ def _print_json(output: Any) -> None:
                 "text": result.text,
                 **message,
                 "token_ids": result.token_ids,
+                **({} if result.logprobs is None else {"logprobs": _logprobs(result)}),
                 "finish_reason": result.finish_reason,
                 "stop_reason": result.stop_reason,
                 "usage": {"prompt_tokens": metrics.num_prompt_tokens, "completion_tokens": metrics.num_output_tokens},

@@ -25,6 +25,7 @@ from llmx.runtime.llm import LLM
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.perplexity import Perplexity
 from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.transcribe import Transcript
 
@@ -45,6 +46,7 @@ __all__ = [
     "MissingDependencyError",
     "OutOfMemoryError",
     "PackageError",
+    "Perplexity",
     "ProviderError",
     "Ranked",
     "RequestError",

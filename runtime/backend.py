@@ -289,13 +289,17 @@ def recompute(backend: Backend, slot: int, token_ids: np.ndarray, chunk: int) ->
         backend.prefill(slot, token_ids[start : start + chunk], start, np.zeros(0, np.int64), len(token_ids) + 1)
 
 
-def score_tokens(backend: Backend, ids: np.ndarray, chunk: int) -> list[float]:
-    """Log-probabilities of ids[1:], running the text through slot 0 in chunks."""
+def score_tokens(backend: Backend, ids: np.ndarray, chunk: int, first: int = 1) -> list[float]:
+    """Log-probabilities of ids[first:] (first >= 1), running the text through slot 0 in chunks."""
     scores: list[float] = []
     for start in range(0, len(ids) - 1, chunk):
         end = min(start + chunk, len(ids) - 1)
-        logits = backend.prefill(0, ids[start:end], start, np.arange(end - start), len(ids)).astype(np.float32)
+        begin = min(max(start, first - 1), end)
+        asked = np.arange(begin - start, end - start)
+        logits = backend.prefill(0, ids[start:end], start, asked, len(ids)).astype(np.float32)
+        if not len(asked):
+            continue
         logits -= logits.max(axis=1, keepdims=True)
-        chosen = np.take_along_axis(logits, ids[start + 1 : end + 1, None], axis=1)[:, 0]
+        chosen = np.take_along_axis(logits, ids[begin + 1 : end + 1, None], axis=1)[:, 0]
         scores += (chosen - np.log(np.exp(logits).sum(axis=1, dtype=np.float64))).tolist()
     return scores

@@ -34,6 +34,12 @@ def make_group(engine: Engine, request: Request) -> BeamGroup:
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
     room = engine.backend.max_length - len(request.prompt_ids)
     text_source = request.source is not None and request.source.ndim == 1
+
+    def stopped(tokens: list[int]) -> bool:
+        if time.perf_counter() >= request.deadline:  # then all beams end, as with transformers' max_time
+            return True
+        return bool(params.stop_strings) and _spell(engine, request, tokens)[1].matched is not None
+
     search = BeamSearch(
         params.num_beams or 1,
         1.0 if params.length_penalty is None else params.length_penalty,
@@ -41,7 +47,7 @@ def make_group(engine: Engine, request: Request) -> BeamGroup:
         min(params.max_tokens or room, room),
         ends,
         len(request.prompt_ids) - 1 if text_source else 0,
-        (lambda tokens: _spell(engine, request, tokens)[1].matched is not None) if params.stop_strings else None,
+        stopped if params.stop_strings or params.max_time is not None else None,
     )
     return BeamGroup(search, request.sequences)
 
@@ -138,6 +144,8 @@ def _conclude(engine: Engine, request: Request, sequence: Sequence, index: int, 
     sequence.logprobs = output.history if request.params.logprobs is not None else []
     sequence.finish_reason = "stop" if stop.matched is not None or ended in request.beams.search.ends else "length"
     sequence.stop_reason = stop.matched or (ended if ended in request.params.stop_token_ids else None)
+    if sequence.finish_reason == "length" and len(output.tokens) < request.beams.search.max_tokens:
+        sequence.stop_reason = "max_time"
     metrics = request.metrics
     metrics.num_output_tokens += len(output.tokens)
     metrics.last_token = time.perf_counter()

@@ -133,7 +133,10 @@ class Driver:
 
 
 class PieceStream(Iterator[StreamPiece]):
-    """One request's pieces as they come. Closing it, or dropping it, frees the request's slot, even if it never began."""
+    """One request's pieces as they come. Closing it, or dropping it, frees the request's slot, even if it never began.
+
+    `cancel` and `close` may be called from any thread, whoever waits for the next piece.
+    """
 
     def __init__(self, driver: Driver, request: Request, pieces: deque[StreamPiece]) -> None:
         self._driver, self._request, self._pieces = driver, request, pieces
@@ -163,8 +166,16 @@ class PieceStream(Iterator[StreamPiece]):
         piece = pieces.popleft()
         return piece if self._map is None else self._map(piece)
 
+    def cancel(self) -> None:
+        """End the request; its slot is free before the next step. The iterator goes on to its last piece, whose
+        `finish_reason` is "abort" unless the request had ended already. Idempotent.
+        """
+        if not self._request.finished:
+            self._request.cancelled = True
+            self._driver.wake()
+
     def close(self) -> None:
-        """End the request; its slot is free before the next step. Idempotent."""
+        """End the request; its slot is free before the next step. No further piece comes. Idempotent."""
         self._closed = True
         if not self._request.finished:
             self._request.cancelled = True

@@ -197,7 +197,7 @@ class Engine:
             self._decode(decoding)
 
     def _admit(self, arrived: bool) -> None:
-        """Take over what has arrived, and end what was cancelled."""
+        """Take over what has arrived, and end what was cancelled or has used up its time."""
         while arrived and self._arrivals:
             with self._lock:
                 request = self._arrivals.pop(0)
@@ -207,7 +207,11 @@ class Engine:
             if request.cancelled:
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
-                        self._finish(sequence, "abort", None, "")
+                        self._finish(sequence, "abort", None, "", new=False)
+            elif request.beams is None and time.perf_counter() >= request.deadline:
+                for sequence in request.sequences:
+                    if sequence.finish_reason is None:
+                        self._finish(sequence, "length", "max_time", "", new=False)
         self._live = [request for request in self._live if not request.finished]
 
     def _prefill(self, plan: PrefillPlan) -> None:
@@ -385,7 +389,9 @@ class Engine:
         stop_reason: int | str | None,
         text: str,
         logprobs: list[dict[int, Logprob]] | None = None,
+        new: bool = True,
     ) -> None:
+        """End `sequence` and show its last `text`; `new`: with a token that was not shown yet."""
         if sequence.stop.matched is None and reason != "abort":
             text += sequence.stop.push(sequence.detokenizer.finish())  # a late flush may still complete a stop string
             if sequence.stop.matched is None:
@@ -398,7 +404,7 @@ class Engine:
         if request.finished:
             request.prompt_logits = None
             request.metrics.finished = time.perf_counter()
-        self._emit(sequence, text, sequence.output_ids[-1:] if reason != "abort" else [], logprobs)
+        self._emit(sequence, text, sequence.output_ids[-1:] if new else [], logprobs)
 
     def _emit(self, sequence: Sequence, text: str, ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
         sequence.text += text

@@ -22,6 +22,7 @@ from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.perplexity import Perplexity, sliding
 from llmx.runtime.prompts import Prompt, as_list, is_token
 from llmx.runtime.scheduler import Request
 from llmx.runtime.tokenizer import Tokenizer
@@ -304,10 +305,7 @@ class LLM:
 
         Raises RequestError for a prompt without tokens, ContextLengthError for more than `max_length` of them.
         """
-        self.need_generation()
-        if self.manifest.seq2seq is not None:
-            raise FamilyError(f"{self.folder} is an encoder-decoder, whose prompts have no probabilities to score.")
-        chunk = self.prefill_chunk if self.backend.chunked else self.max_length
+        self._need_scores()
         results = []
         for prompt in as_list(prompts):
             ids = self._encode(prompt)
@@ -316,9 +314,37 @@ class LLM:
                 raise ContextLengthError(
                     f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
                 )
-            with self._driver.at_rest():
-                results.append(score_tokens(self.backend, np.array(ids, np.int64), chunk))
+            results.append(self._score(ids, 1))
         return results
+
+    def perplexity(self, text: Prompt, *, stride: int | None = None, max_length: int | None = None) -> Perplexity:
+        """Perplexity of a text of any length, with a window of `max_length` tokens (None: the whole context) that moves by
+        `stride` (None: half a window) and scores what no window before it scored.
+
+        Raises RequestError for fewer than two tokens, a window beyond the context, or a stride beyond the window.
+        """
+        self._need_scores()
+        ids = self._encode(text)
+        self.engine.check_ids(ids)
+        length = self.max_length if max_length is None else max_length
+        if not 2 <= length <= self.max_length:
+            raise RequestError(f"max_length must lie between 2 and {self.max_length}, and is {length}.")
+        step = max(1, length // 2) if stride is None else stride
+        if not 1 <= step <= length:
+            raise RequestError(f"stride must lie between 1 and the window's {length} tokens, and is {step}.")
+        if len(ids) < 2:
+            raise RequestError("The text has one token, and perplexity needs two; give a longer text.")
+        return sliding(ids, length, step, self._score)
+
+    def _need_scores(self) -> None:
+        self.need_generation()
+        if self.manifest.seq2seq is not None:
+            raise FamilyError(f"{self.folder} is an encoder-decoder, whose prompts have no probabilities to score.")
+
+    def _score(self, ids: list[int], first: int) -> list[float]:
+        chunk = self.prefill_chunk if self.backend.chunked else self.max_length
+        with self._driver.at_rest():
+            return score_tokens(self.backend, np.array(ids, np.int64), chunk, first)
 
     def warmup(self) -> None:
         """Run every graph once, so that the first request meets warm code and touched memory."""

@@ -25,7 +25,7 @@ class CompletionOutput:
     """One continuation. `logprobs` has one entry for each of `token_ids`, where asked for.
 
     `finish_reason`: "stop" | "length" | "abort" | None while it runs. `stop_reason`: the stop string or the id of
-    `stop_token_ids` that ended it; None for the model's own end token. `message` is what `LLM.chat` makes of the text.
+    `stop_token_ids` that ended it, "max_time" where that did ("length"); None for the model's own end token. `message` is what `LLM.chat` makes of the text.
     """
 
     index: int

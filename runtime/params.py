@@ -80,6 +80,7 @@ class SamplingParams:
         allowed_token_ids: nothing else may come (not even an end token).
         bad_words: strings whose tokens may not come in the output.
         bad_words_ids: lists of token ids that may not come, not even begun by the prompt (transformers').
+        max_time: seconds from the request's arrival after which it ends with what it has (waiting for a slot included).
         keep_special_tokens: ids of special tokens that stay in the text (a chat format's markers).
         structured_outputs: what the output must look like: `StructuredOutputsParams`, or a mapping of its fields.
 
@@ -114,6 +115,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     bad_words_ids: Sequence[Sequence[int]] | None = None
     keep_special_tokens: Sequence[int] = ()
+    max_time: float | None = None
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     num_beams: int | None = None
     length_penalty: float | None = None
@@ -198,6 +200,7 @@ _NUMBERS = (
     ("presence_penalty", -2.0, 2.0, False),
     ("frequency_penalty", -2.0, 2.0, False),
     ("length_penalty", -100.0, 100.0, False),
+    ("max_time", 0.0, 1e9, True),
 )
 _OPTIONAL_INTEGERS = (
     ("max_tokens", 1, MAX_COUNT),

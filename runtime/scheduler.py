@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,6 +87,12 @@ class Request:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def deadline(self) -> float:
+        """When its time is up, on the clock of its metrics."""
+        limit = self.params.max_time
+        return math.inf if limit is None else self.metrics.arrival + limit
 
     @property
     def finished(self) -> bool:

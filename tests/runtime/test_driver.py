@@ -9,7 +9,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llmx.runtime import LLM, AsyncLLM, ClosedError, LlmxError, RequestError, SamplingParams
@@ -219,3 +221,74 @@ def test_a_stream_that_was_never_begun_frees_its_slot(demo: Path) -> None:
             gc.collect()
             assert len(llm.generate("x", SHORT)[0].outputs[0].token_ids) == 4
             assert llm.engine.scheduler.pool.held() == []
+
+
+# -- time limits and cancelling -----------------------------------------------------------------------------------------
+
+
+def test_max_time_ends_a_request_with_what_it_has(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(demo, slots=2) as llm:
+        original = llm.backend.decode
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.02)
+            return original(*args)
+
+        monkeypatch.setattr(llm.backend, "decode", slow)
+        whole = llm.generate("x", replace(LONG, max_tokens=40))[0].outputs[0]
+        begin = time.perf_counter()
+        pieces = list(llm.stream("x", replace(LONG, max_time=0.3)))
+        assert 0.3 <= time.perf_counter() - begin < 5
+        ids = [token for piece in pieces for token in piece.token_ids]
+        assert 1 <= len(ids) < 16
+        assert ids == whole.token_ids[: len(ids)]
+        assert "".join(piece.text for piece in pieces) == llm.tokenizer.decode(ids)
+        assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("length", "max_time")
+        assert llm.engine.scheduler.pool.held() == []
+        [beams] = llm.generate("x", replace(LONG, num_beams=2, n=2, max_time=0.3))
+        for each in beams.outputs:
+            assert 1 <= len(each.token_ids) < 16
+            assert (each.finish_reason, each.stop_reason) == ("length", "max_time")
+        # enough time changes nothing, and the others of a batch go on
+        [cut, free] = llm.generate(["x", "x"], [replace(LONG, max_time=0.3), replace(LONG, max_tokens=40, max_time=60)])
+        assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == ("length", "max_time")
+        assert free.outputs[0].token_ids == whole.token_ids
+        assert (free.outputs[0].finish_reason, free.outputs[0].stop_reason) == ("length", None)
+
+
+def test_max_time_counts_the_wait_for_a_slot(demo: Path) -> None:
+    with LLM(demo, slots=1) as llm:
+        first = llm.stream("x", LONG)
+        next(first)
+        [late] = llm.generate("y", SamplingParams(max_tokens=5, max_time=0.001))
+        assert late.outputs[0].token_ids == [] and late.outputs[0].text == ""
+        assert (late.outputs[0].finish_reason, late.outputs[0].stop_reason) == ("length", "max_time")
+        assert first.__next__().finish_reason is None
+        first.close()
+
+
+def test_cancelling_from_another_thread(demo: Path) -> None:
+    with LLM(demo, slots=2) as llm:
+        stream, begun = llm.stream("x", replace(LONG, n=2)), threading.Event()
+        other = llm.stream("y", replace(LONG, max_tokens=60))
+
+        def cancel() -> None:
+            begun.wait(20)
+            stream.cancel()
+            stream.cancel()
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        pieces = []
+        for piece in stream:  # this thread waits for pieces all along
+            pieces.append(piece)
+            begun.set()
+        thread.join()
+        ends = [piece.finish_reason for piece in pieces if piece.finish_reason]
+        assert ends == ["abort", "abort"]
+        assert pieces[-1].metrics is not None
+        assert len(pieces) < 1600
+        assert len([token for piece in other for token in piece.token_ids]) == 60
+        assert llm.engine.scheduler.pool.held() == [] and not llm.engine.scheduler.waiting
+        with pytest.raises(StopIteration):
+            next(stream)
