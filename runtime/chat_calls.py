@@ -6,13 +6,12 @@ characters alone, never on how the text is cut into pieces, so a stream and the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llmx.runtime.chat_json import SPACE, Member, ObjectScanner, ValueScanner
+from llmx.runtime.chat_json import SPACE, Member, ObjectScanner, ValueScanner, loads
 
 #: Longest text between a call's marker and its arguments; what is longer is no call.
 MAX_HEAD = 256
@@ -76,7 +75,7 @@ class Tools:
         if "null" in types and bare in ("null", "None"):
             return None
         try:
-            return json.loads(bare)
+            return loads(bare)
         except ValueError:
             return text
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from llmx.runtime.chat_json import loads
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ToolCall:
     def error(self) -> str | None:
         """None, or one sentence where `arguments` is no JSON object (the output was cut, or the model erred)."""
         try:
-            value = json.loads(self.arguments)
+            value = loads(self.arguments)
         except ValueError as error:
             return f"The arguments of the call of {self.name!r} are not valid JSON: {error}."
         return None if isinstance(value, dict) else f"The arguments of the call of {self.name!r} are not a JSON object."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmx.runtime.chat_calls import MAX_HEAD, CallArguments, CallStart, Event, Tools
-from llmx.runtime.chat_json import SPACE
+from llmx.runtime.chat_json import SPACE, loads
 
 
 @dataclass
@@ -17,12 +17,14 @@ class TaggedCalls:
     """A name, then parameters in tags, each reported as it is complete.
 
     `head` (group `name`) is matched against what follows the marker; `parameter` (groups `key` and `value`, optionally
-    `string`, "false" for JSON) against each parameter, which starts with `opening`. `inner` is a tag without meaning.
+    `string`, "false" for JSON) against each parameter, which starts with `opening` and ends with `closing`. `inner` is a
+    tag without meaning.
     Values take the type that the tool's schema gives them.
     """
 
     head: re.Pattern[str]
     opening: str
+    closing: str
     parameter: re.Pattern[str]
     end: str
     tools: Tools
@@ -32,6 +34,7 @@ class TaggedCalls:
     pending: str = ""
     _name: str = ""
     _count: int = 0
+    _searched: int = 0  # characters of the parameter at hand that do not hold `closing`
 
     def read(self, text: str, last: bool) -> int:
         at = 0
@@ -63,22 +66,30 @@ class TaggedCalls:
         if self.inner is not None and text.startswith(self.inner, bare):
             return bare + len(self.inner)
         if text.startswith(self.opening, bare):
-            found = self.parameter.match(text, bare)
-            if found is not None:
-                self._report(found)
-                return found.end()
-            return at
+            return self._parameter(text, at, bare)
         starts = [self.opening, self.end, *([self.inner] if self.inner is not None else [])]
         if not any(start.startswith(rest) for start in starts):
             self._close()  # neither a parameter nor the end: what follows is plain text
         return at
+
+    def _parameter(self, text: str, at: int, bare: int) -> int:
+        """Past the parameter that begins at `bare`; `at` where its end is not there. Each character is searched once."""
+        if text.find(self.closing, bare + max(0, self._searched - len(self.closing))) < 0:
+            self._searched = len(text) - bare
+            return at
+        found = self.parameter.match(text, bare)
+        if found is None:
+            return at
+        self._searched = 0
+        self._report(found)
+        return found.end()
 
     def _report(self, found: re.Match[str]) -> None:
         key, text, kind = found["key"], found["value"], found.groupdict().get("string")
         value: Any = text
         if kind == "false":
             try:
-                value = json.loads(text)
+                value = loads(text)
             except ValueError:
                 value = text
         elif kind is None:
@@ -94,6 +105,34 @@ class TaggedCalls:
         self.state = "done"
 
 
+class _Brackets:
+    """Finds the bracket that closes the first one of a growing text, reading each character once."""
+
+    def __init__(self) -> None:
+        self._at = self._depth = 0
+        self._quote, self._escaped = "", False
+
+    def closing(self, text: str) -> int:
+        """The position after the closing bracket; -1: not there yet. `text` begins as it did at the last call."""
+        for at in range(self._at, len(text)):
+            char = text[at]
+            if self._quote:
+                if self._escaped or char == "\\":
+                    self._escaped = not self._escaped
+                elif char == self._quote:
+                    self._quote = ""
+            elif char in "\"'":
+                self._quote = char
+            elif char in "([{":
+                self._depth += 1
+            elif char in ")]}":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at + 1
+        self._at = len(text)
+        return -1
+
+
 @dataclass
 class BufferedCalls:
     """Base of readers that see their whole text first. Without an `end` they read up to the closing bracket."""
@@ -103,9 +142,10 @@ class BufferedCalls:
     state: str = "undecided"
     events: list[Event] = field(default_factory=list)
     pending: str = ""
+    _brackets: _Brackets = field(default_factory=_Brackets)
 
     def read(self, text: str, last: bool) -> int:
-        at = text.find(self.end) if self.end is not None else _closing(text)
+        at = text.find(self.end) if self.end is not None else self._brackets.closing(text)
         if at < 0 and not last:
             return 0
         calls = self.parse(text[:at]) if at >= 0 else None
@@ -120,26 +160,6 @@ class BufferedCalls:
     def parse(self, text: str) -> list[tuple[str, dict[str, Any]]] | None:
         """(name, arguments) of each call, or None where the text is something else."""
         raise NotImplementedError
-
-
-def _closing(text: str) -> int:
-    """The position after the bracket that closes the one which `text` begins with; -1: not there yet."""
-    depth, quote, escaped = 0, "", False
-    for at, char in enumerate(text):
-        if quote:
-            if escaped or char == "\\":
-                escaped = not escaped
-            elif char == quote:
-                quote = ""
-        elif char in "\"'":
-            quote = char
-        elif char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-            if depth <= 0:
-                return at + 1
-    return -1
 
 
 class PythonCalls(BufferedCalls):
@@ -187,7 +207,7 @@ class GemmaCalls(BufferedCalls):
             return token["string"] if plain is None else json.dumps(plain)
 
         try:
-            value = json.loads(_GEMMA_TOKEN.sub(quoted, found["body"]))
-        except (ValueError, RecursionError):
+            value = loads(_GEMMA_TOKEN.sub(quoted, found["body"]))
+        except ValueError:
             return None
         return [(found["name"], value)]

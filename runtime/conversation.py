@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from llmx.runtime.chat import Arguments, ChatTemplate, Message, check_messages
 from llmx.runtime.chat_formats import ChatFormat, OutputParser, find_format
+from llmx.runtime.chat_json import loads
 from llmx.runtime.errors import RequestError
 from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
@@ -171,7 +171,7 @@ def _call_with_arguments(call: Any) -> Any:
     if not isinstance(function, Mapping) or not isinstance(text := function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(text)
+        arguments = loads(text)
     except ValueError:
         return call
     return (

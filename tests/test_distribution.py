@@ -51,6 +51,19 @@ def test_the_wheel_runs_a_package_without_torch(lean_environment: Path, demo: Pa
     assert 'pip install "llmx[export]"' in export.stderr and "Traceback" not in export.stderr
 
 
+def test_the_wheel_holds_the_page(lean_environment: Path) -> None:
+    import zipfile
+
+    [wheel] = lean_environment.parents[2].glob("llmx-*.whl")
+    source = ROOT / "serve" / "static"
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    with zipfile.ZipFile(wheel) as archive:
+        prefix = "llmx/serve/static/"
+        names = [name for name in archive.namelist() if name.startswith(prefix)]
+        assert {name.removeprefix(prefix): archive.read(name) for name in names} == files
+    assert "index.html" in files
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -245,6 +245,43 @@ def test_broken_arguments_are_told() -> None:
     assert "not a JSON object" in (number.error or "")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments": ' + '{"a": ' * 20_000),
+        ("hermes", "<tool_call>" + "[" * 20_000 + '{"name": ' + "[" * 100_000),
+        ("qwen3_coder", f"<tool_call><function=get_weather><parameter=hours>{'[' * 100_000}</parameter></function></tool_call>"),
+        ("qwen3_coder", f"<tool_call><function=get_weather><parameter=days>{'9' * 10_000}</parameter></function></tool_call>"),
+        ("gemma4", f"<|tool_call>call:f{{a:{'[' * 100_000}}}<tool_call|>"),
+        ("pythonic", "[" * 50_000 + "]" * 50_000),
+        ("pythonic", f"[get_weather(city={'-' * 50_000}1)]"),
+        ("mistral", "[TOOL_CALLS]f" + "{" * 100_000),
+        ("harmony", "<|channel|>analysis" * 5000),
+    ],
+)  # fmt: skip
+def test_deep_and_long_outputs_end_in_time(name: str, text: str) -> None:
+    """No recursion error, and work that grows with the length alone: a quadratic reader would take minutes."""
+    message = parse(name, *(text[at : at + 4] for at in range(0, len(text), 4)))
+    assert all(call.error is None or "not valid JSON" in call.error for call in message.tool_calls)
+
+
+def test_long_values_are_read_once() -> None:
+    body = "x = [1]\n" * 30_000
+    text = f"<tool_call><function=get_weather><parameter=city>\n{body}\n</parameter></function></tool_call>"
+    [call] = parse("qwen3_coder", *(text[at : at + 4] for at in range(0, len(text), 4))).tool_calls
+    assert json.loads(call.arguments) == {"city": body}
+    text = f"[get_weather(city={body!r})]"
+    [call] = parse("pythonic", *(text[at : at + 4] for at in range(0, len(text), 4))).tool_calls
+    assert json.loads(call.arguments) == {"city": body}
+
+
+def test_numbers_that_json_has_not() -> None:
+    text = "<tool_call><function=get_weather><parameter=days>NaN</parameter></function></tool_call>"
+    assert calls(parse("qwen3_coder", text)) == [("get_weather", {"days": "NaN"})]
+    [call] = parse("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>').tool_calls
+    assert "NaN is no JSON" in (call.error or "")
+
+
 # -- reasoning --------------------------------------------------------------------------------------------------------
 
 

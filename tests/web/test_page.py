@@ -295,6 +295,8 @@ def test_the_key_is_asked_for_and_sent(page: Page) -> None:
     assert page.messages()[-1] == ("assistant", "Hello there.")
     assert page.script.keys_seen[-1] == "Bearer sesame"
     assert page.run("return localStorage.getItem('llmx.key')") is None
+    page.open(forget=False)  # kept for the tab
+    page.wait(lambda: page["#model"].get_attribute("value") == "demo")
     assert "sesame" not in page.browser.current_url
 
 

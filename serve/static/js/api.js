@@ -1,6 +1,6 @@
 // The server's API: keys, errors, streams.
 
-import { store } from "./dom.js";
+import { store, tabStore } from "./dom.js";
 
 export class ApiError extends Error {
   constructor(status, message, code) {
@@ -10,7 +10,7 @@ export class ApiError extends Error {
   }
 }
 
-let key = store.get("key") ?? sessionStorage.getItem("llmx.key") ?? "";
+let key = store.get("key") ?? tabStore.get("key", "");
 let askForKey = async () => null;
 
 /** `ask(refused)` shows a dialog and gives {key, keep}, or null where the user does not want to. */
@@ -21,8 +21,7 @@ export function onKeyNeeded(ask) {
 export function setKey(value, keep) {
   key = value;
   store.set("key", keep && value ? value : null);
-  if (value && !keep) sessionStorage.setItem("llmx.key", value);
-  else sessionStorage.removeItem("llmx.key");
+  tabStore.set("key", value && !keep ? value : null);
 }
 
 let asking = null;

@@ -148,7 +148,7 @@ async function answer() {
   view.draw(false);
   busy(false);
   const nothing = !message.content && !message.reasoning_content && !message.tool_calls;
-  if (nothing && failed) cut(messages.length - 1);
+  if (nothing && failed && messages.at(-1) === message) cut(messages.length - 1);
   if (failed) notice(failed);
   else announce(message.stopped ? "Stopped." : `The answer is complete: ${message.stats?.output ?? 0} tokens.`);
   save();

@@ -49,22 +49,30 @@ export async function copy(text, button) {
   setTimeout(() => use.setAttribute("href", "#i-copy"), 1500);
 }
 
-/** localStorage where the browser allows it. */
-export const store = {
+/** What the browser keeps, where it allows it: "localStorage", or "sessionStorage" for the tab's life. */
+class Store {
+  constructor(kind) {
+    this.kind = kind;
+  }
+
   get(name, fallback = null) {
     try {
-      const text = localStorage.getItem(`llmx.${name}`);
+      const text = window[this.kind].getItem(`llmx.${name}`);
       return text === null ? fallback : JSON.parse(text);
     } catch {
       return fallback;
     }
-  },
+  }
+
   set(name, value) {
     try {
-      if (value === null) localStorage.removeItem(`llmx.${name}`);
-      else localStorage.setItem(`llmx.${name}`, JSON.stringify(value));
+      if (value === null) window[this.kind].removeItem(`llmx.${name}`);
+      else window[this.kind].setItem(`llmx.${name}`, JSON.stringify(value));
     } catch {
       // full, or forbidden: the page works without
     }
-  },
-};
+  }
+}
+
+export const store = new Store("localStorage");
+export const tabStore = new Store("sessionStorage");
