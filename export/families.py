@@ -45,7 +45,7 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
         kept, hidden = work.target.query_seqlens, work.options.with_hidden_states
         traced = explain(checkpoint, lambda: trace(source.module, layers, kept, rule is not None, hidden))
         work.stages.begin("rewrite")
-        prefill, decode = both_graphs(traced, context, work.target, work.options.quantize is not None)
+        prefill, decode = both_graphs(traced, context, work.target)
         graphs = {"prefill": prefill, "decode": decode}
         if work.target.on_device:
             logits = prefill.graph.outputs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from llmx.export.fusions import MICROSOFT, only_user, other_input, producer
+from llmx.export.fusions import MICROSOFT, only_user, producer
 from llmx.export.packed import is_parameter, packed_parameter, parameter_names
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -76,48 +76,6 @@ class PackedQkv(InPlacePass):
         node.replace_input_with(0, packed)
         node.replace_input_with(1, None)
         node.replace_input_with(2, None)
-        return True
-
-
-class PackedGateUp(InPlacePass):
-    """Two products of one input that a `Mul` joins, the first through an activation, become one product and a `Split`.
-
-    One larger product keeps more of a GPU's processors busy, which pays where the weights are small (quantized).
-    """
-
-    def call(self, model: ir.Model) -> PassResult:
-        modified = False
-        for node in list(model.graph):
-            if node.op_type == "QuickGelu" and node.domain == MICROSOFT:
-                modified |= self._pack(model, node)
-        return PassResult(model, modified=modified)
-
-    def _pack(self, model: ir.Model, activation: ir.Node) -> bool:
-        joined = only_user(activation.outputs[0], "Mul")
-        gate = _linear(activation.inputs[0])
-        up = _linear(other_input(joined, activation.outputs[0])) if joined is not None else None
-        if gate is None or up is None or gate[1] is not None or up[1] is not None or gate[0] is up[0]:
-            return False
-        products = (gate[0], up[0])
-        weights = [product.inputs[1] for product in products]
-        if products[0].inputs[0] is not products[1].inputs[0] or not all(map(_own_parameter, weights)):
-            return False
-        packed = ir.node(
-            "FusedMatMul", [products[0].inputs[0], packed_parameter(model, weights)], {"transB": 1}, domain=MICROSOFT
-        )
-        sizes = [int(weight.shape[0]) for weight in weights if weight is not None and weight.shape is not None]
-        name = f"split_{sizes[0]}_{sizes[1]}"
-        if name not in model.graph.initializers:
-            tensor = ir.tensor(sizes, dtype=ir.DataType.INT64, name=name)
-            value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-            model.graph.register_initializer(value)
-        split = ir.node("Split", [packed.outputs[0], model.graph.initializers[name]], {"axis": -1}, num_outputs=2)
-        packed.outputs[0].type = products[0].outputs[0].type
-        model.graph.insert_before(min(products, key=list(model.graph).index), [packed, split])
-        for product, part in zip(products, split.outputs, strict=True):
-            part.type, part.shape = product.outputs[0].type, product.outputs[0].shape
-            ir.convenience.replace_all_uses_with(product.outputs[0], part)
-            model.graph.remove(product, safe=True)
         return True
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from llmx.export.feedback import Feedback, GreedyTokens
 from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
 from llmx.export.packed import is_parameter
-from llmx.export.packing import PackedGateUp, PackedQkv, QuickSilu, StraightHeads
+from llmx.export.packing import PackedQkv, QuickSilu, StraightHeads
 from llmx.export.targets import Target
 from llmx.export.trace import GATHER_POSITIONS, HIDDEN
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
@@ -246,11 +246,9 @@ def prefill_passes(target: Target) -> list[ir.passes.PassBase]:
     return [GatherAskedPositions(), *_tidy(), *([GreedyTokens()] if target.on_device else [])]
 
 
-def decode_passes(target: Target, quantized: bool = False) -> list[ir.passes.PassBase]:
+def decode_passes(target: Target) -> list[ir.passes.PassBase]:
     """The decode graph: [batch, 1] tokens, no `logits_positions` input; for a device, also the next step's inputs."""
-    further: list[ir.passes.PassBase] = [GreedyTokens(), Feedback()] if target.on_device else []
-    if target.on_device and quantized:
-        further.append(PackedGateUp())
+    further = [GreedyTokens(), Feedback()] if target.on_device else []
     return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy(), *further, UnnamedOutputs()]
 
 
@@ -265,9 +263,7 @@ def encoder_graph(traced: ir.Model) -> ir.Model:
     return traced
 
 
-def both_graphs(
-    traced: ir.Model, context_length: int, target: Target, quantized: bool = False
-) -> tuple[ir.Model, ir.Model]:
+def both_graphs(traced: ir.Model, context_length: int, target: Target) -> tuple[ir.Model, ir.Model]:
     """(prefill, decode) from one trace. Consumes `traced`; the two share initializer tensors, not values."""
     outputs = [(value.name, value.shape) for value in traced.graph.outputs]
     with hidden_parameters(traced):
@@ -276,7 +272,7 @@ def both_graphs(
     for index, (name, _) in enumerate(outputs):
         if name == HIDDEN:  # prefill's alone: nobody asks for a step's
             del decode.graph.outputs[index]
-    for model, passes in ((traced, prefill_passes(target)), (decode, decode_passes(target, quantized))):
+    for model, passes in ((traced, prefill_passes(target)), (decode, decode_passes(target))):
         with hidden_parameters(model):
             Sequential(*passes)(model)
     for graph, asked in ((traced.graph, "asked"), (decode.graph, 1)):

@@ -25,7 +25,9 @@ class Prefill:
         self._session, self._graph, self._memory = session, manifest.graphs["prefill"], memory
         self._vocab = manifest.model.vocab_size
         self._bind_state = bind_state
-        self._bindings: dict[int, Any] = {}  # by slot
+        self._bindings: dict[tuple[int, bool], Any] = {}  # by slot, and whether the last position alone is asked
+        self._options = import_onnxruntime().RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._by_role = {info.role: info for info in self._graph.outputs if info.role != "state"}
         self.dtype = self._by_role["logits"].dtype
         self.logits = memory.allocate(self._vocab * itemsize(self.dtype))
@@ -38,7 +40,8 @@ class Prefill:
         """Run tokens and return, by role, what the graph says at the `asked` columns: logits [k, vocab], and the hidden
         states [k, hidden] where the package has them.
         """
-        binding = self._feed(slot, token_ids, start, asked, length)
+        binding = self._binding(slot, False)
+        self._feed(binding, token_ids, start, asked, length)
         wanted = {role: info for role, info in self._by_role.items() if role not in _GREEDY}
         sizes = {role: len(asked) * int(info.shape[2]) * itemsize(info.dtype) for role, info in wanted.items()}
         buffers = {role: self._memory.allocate(size) for role, size in sizes.items()}
@@ -54,13 +57,8 @@ class Prefill:
 
     def last(self, slot: int, token_ids: np.ndarray, start: int, length: int) -> tuple[int, float]:
         """Run tokens; the most likely one after the last, and its logit. All logits stay in `logits`."""
-        binding = self._feed(slot, token_ids, start, np.array([len(token_ids) - 1]), length)
-        places = {"logits": self.logits.address, "next_input_ids": self._best.address}
-        places["greedy_logits"] = self._best.address + 8
-        for role, address in places.items():
-            info = self._by_role[role]
-            shape = tuple(1 if isinstance(dim, str) else dim for dim in info.shape)
-            self._memory.bind_output(binding, info.name, address, shape, info.dtype)
+        binding = self._binding(slot, True)
+        self._feed(binding, token_ids, start, np.array([len(token_ids) - 1]), length)
         self._run(binding)
         self._memory.download(self._best_host, self._best.address)
         self._memory.synchronize()
@@ -68,15 +66,13 @@ class Prefill:
         return int(self._best_host[:8].view(np.int64)[0]), float(logit[0])
 
     def _run(self, binding: Any) -> None:
-        options = import_onnxruntime().RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         try:
-            self._session.run_with_iobinding(binding, options)
+            self._session.run_with_iobinding(binding, self._options)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise run_error(error) from None
 
-    def _feed(self, slot: int, token_ids: np.ndarray, start: int, asked: np.ndarray, length: int) -> Any:
-        """The slot's binding, with the inputs on the device."""
+    def _feed(self, binding: Any, token_ids: np.ndarray, start: int, asked: np.ndarray, length: int) -> None:
+        """Bring the inputs to the device in one copy, and bind them."""
         count, at = len(token_ids), np.arange(start, start + len(token_ids))
         values = {
             "input_ids": np.asarray(token_ids, np.int64),
@@ -98,7 +94,6 @@ class Prefill:
         for role, array in values.items():
             host[spans[role] : spans[role] + array.nbytes] = array.view(np.uint8)
         self._memory.upload(buffer.address, host[:end])
-        binding = self._binding(slot)
         for info in self._graph.inputs:
             if info.role == "total_sequence_length":
                 self._total[...] = start + count
@@ -107,15 +102,19 @@ class Prefill:
                 array = values[info.role]
                 shape = array.shape if len(info.shape) == 1 else (1, *array.shape)
                 self._memory.bind_input(binding, info.name, buffer.address + spans[info.role], shape, info.dtype)
-        return binding
 
-    def _binding(self, slot: int) -> Any:
-        binding = self._bindings.get(slot)
+    def _binding(self, slot: int, last: bool) -> Any:
+        """A slot's binding; what does not change from call to call is bound once (each takes some microseconds)."""
+        binding = self._bindings.get((slot, last))
         if binding is None:
-            binding = self._bindings[slot] = self._session.io_binding()
+            binding = self._bindings[slot, last] = self._session.io_binding()
             self._bind_state(binding, slot, 1)
-        binding.clear_binding_outputs()  # those of the last call may be gone
-        self._bind_state(binding, slot, 1)
+            places = {"logits": self.logits.address, "next_input_ids": self._best.address}
+            places["greedy_logits"] = self._best.address + 8
+            for role, address in places.items() if last else ():
+                info = self._by_role[role]
+                shape = tuple(1 if isinstance(dim, str) else dim for dim in info.shape)
+                self._memory.bind_output(binding, info.name, address, shape, info.dtype)
         return binding
 
     def _fetch(self, info: TensorInfo, buffer: Buffer, asked: int) -> np.ndarray:
