@@ -187,6 +187,7 @@ def _launches(backend: Any, rows: int, context: int, steps: int) -> float:
 
 def _sampled_steps(backend: Any, rows: int, context: int, steps: int, params: Any) -> float:
     """Median seconds of a step, each row's token drawn on the host from the top of its logits."""
+    from llmx.runtime.candidate_rows import choose_rows
     from llmx.runtime.candidates import asked, choose_from_step
     from llmx.runtime.sampling import make_generator
 
@@ -197,8 +198,9 @@ def _sampled_steps(backend: Any, rows: int, context: int, steps: int, params: An
     for _ in range(steps):
         start = time.perf_counter()
         made = backend.decode(tokens, lengths, None, np.full(rows, ask, np.float32))
+        choices = choose_rows(made, [(row, params, generator, ask) for row, generator in enumerate(generators)])
         for row, generator in enumerate(generators):
-            choice = choose_from_step(made, row, params, generator, ask)
+            choice = choices.get(row) or choose_from_step(made, row, params, generator, ask)
             tokens[row] = choice.token if choice is not None else int(made.row(row).argmax())
         lengths = lengths + 1
         seconds.append(time.perf_counter() - start)

@@ -15,7 +15,7 @@ from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
-from llmx.runtime.step_logits import StepLogits, TopLogits
+from llmx.runtime.step_logits import StepLogits, TopLogits, TopRows
 
 _DRIFT = 64  # positions that a row which is not meant may wander before it is called back
 
@@ -299,6 +299,7 @@ class _DeviceStep:
         self._backend, self._read, self._best = backend, read, best
         self._finite = np.isfinite(scores.astype(np.float32))
         self._top, self._temperatures = top, temperatures
+        self._rows: TopRows | None = None
 
     def __len__(self) -> int:
         return len(self._best)
@@ -314,9 +315,17 @@ class _DeviceStep:
         return int(self._best[index]) if self._finite[index] else None
 
     def top(self, index: int) -> TopLogits | None:
-        top = self._top
-        if top is None or self._temperatures is None or self._temperatures[index] <= 0:
+        rows = self.tops()
+        if rows is None or rows.temperatures[index] <= 0:
             return None
-        ids, logits = top.ids[index], top.logits[index]
-        order = np.lexsort((ids, -logits))  # the device may list equals in another order
-        return TopLogits(ids[order], logits[order], float(top.log_sums[index]), float(self._temperatures[index]))
+        log_sum, temperature = float(rows.log_sums[index]), float(rows.temperatures[index])
+        return TopLogits(rows.ids[index], rows.logits[index], log_sum, temperature)
+
+    def tops(self) -> TopRows | None:
+        if self._rows is None and self._top is not None and self._temperatures is not None:
+            top, count = self._top, len(self._best)
+            ids, logits = top.ids[:count], top.logits[:count]
+            order = np.lexsort((ids, -logits), axis=-1)  # the device may list equals in another order
+            ids, logits = np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
+            self._rows = TopRows(ids, logits, top.log_sums[:count].copy(), self._temperatures)
+        return self._rows

@@ -11,6 +11,7 @@ import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.beam_requests import advance as advance_beams
 from llmx.runtime.beam_requests import check_slots, make_group
+from llmx.runtime.candidate_rows import choose_rows
 from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
@@ -291,12 +292,21 @@ class Engine:
             temperatures[sequence.slot] = self._asks(sequence)
         with span("decode"):
             logits = self.backend.decode(tokens, lengths, active, temperatures)
+        with span("sample"):
+            choices = choose_rows(
+                logits,
+                [
+                    (s.slot, s.params, s.generator, float(temperatures[s.slot]))
+                    for s in sequences
+                    if s.slot is not None and s.request.beams is None
+                ],
+            )
         for sequence in sequences:
             slot = sequence.slot
             if slot is not None:  # else a sibling's failure has just ended its request
                 sequence.num_cached += 1
                 if sequence.request.beams is None:
-                    self._advance(sequence, logits, slot)
+                    self._advance(sequence, logits, slot, choices.get(slot))
         for request in {s.request.id: s.request for s in sequences if s.request.beams is not None}.values():
             advance_beams(self, request, [logits.row(beam.slot) for beam in request.beams.beams])
 
@@ -304,20 +314,21 @@ class Engine:
         """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
         return WHOLE_ROW if needs_full_row(sequence.params, sequence.history) else sequence.asks
 
-    def _advance(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
-        """Choose the next token from row `row` of `logits` and find out whether the sequence goes on.
+    def _advance(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None = None) -> None:
+        """Choose the next token from row `row` of `logits` (`choice`, where it was), and find out whether the sequence goes on.
 
         Whatever fails here (NaN logits, a grammar, a detokenizer) is of this request alone, and ends it alone.
         """
         try:
-            self._next_token(sequence, logits, row)
+            self._next_token(sequence, logits, row, choice)
         except Exception as error:
             self._fail(sequence.request, error)
 
-    def _next_token(self, sequence: Sequence, logits: StepLogits, row: int) -> None:
+    def _next_token(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None) -> None:
         params, history = sequence.params, sequence.history
         with span("sample"):
-            choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
+            if choice is None:
+                choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
             if choice is None:
                 choice = choose(logits.row(row), params, sequence.generator, history)
         self._accept(sequence, choice.token, self._note_logprobs(sequence, choice))

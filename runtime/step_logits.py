@@ -25,6 +25,18 @@ class TopLogits:
     temperature: float
 
 
+@dataclass(frozen=True)
+class TopRows:
+    """`TopLogits` of all rows: `ids` int64 [n, k], `logits` float32 [n, k], `log_sums` and `temperatures` [n]. A row that no
+    temperature was given for means nothing.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sums: np.ndarray
+    temperatures: np.ndarray
+
+
 class StepLogits(Protocol):
     """The rows of one `Backend.decode` call, valid until the backend's next call."""
 
@@ -48,6 +60,10 @@ class StepLogits(Protocol):
         """A row's likeliest tokens at the temperature that the step was given, where they are known; None: read the row."""
         ...
 
+    def tops(self) -> TopRows | None:
+        """`top` of every row, where they are known."""
+        ...
+
 
 class HostLogits:
     """Logits [n, vocab] that are on the host anyway."""
@@ -69,4 +85,7 @@ class HostLogits:
         return None
 
     def top(self, index: int) -> TopLogits | None:
+        return None
+
+    def tops(self) -> TopRows | None:
         return None

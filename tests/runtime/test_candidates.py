@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmx.runtime import LlmxError, SamplingParams
+from llmx.runtime.candidate_rows import choose_rows
 from llmx.runtime.candidates import NUM_TOP, WHOLE_ROW, asked, choose_from_step, draw_from_all, narrowed
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.filters import all_of, filtered
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.sampling import make_generator
-from llmx.runtime.step_logits import HostLogits, StepLogits, TopLogits
+from llmx.runtime.step_logits import HostLogits, StepLogits, TopLogits, TopRows
 from llmx.runtime.tokenizer import Tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
@@ -42,6 +43,11 @@ class DeviceLogits(HostLogits):
 
     def top(self, index: int) -> TopLogits | None:
         return top_of(self._logits[index], float(self.temperatures[index]))
+
+    def tops(self) -> TopRows | None:
+        tops = [top_of(row, max(float(t), 1e-3)) for row, t in zip(self._logits, self.temperatures, strict=True)]
+        ids, logits = np.array([t.ids for t in tops]), np.array([t.logits for t in tops])
+        return TopRows(ids, logits, np.array([t.log_sum for t in tops]), np.asarray(self.temperatures))
 
 
 def resolved(**options: object) -> SamplingParams:
@@ -109,6 +115,38 @@ def test_draws_have_the_whole_rows_distribution(temperature: float) -> None:
     assert statistic < freedom + 4.0 * np.sqrt(2 * freedom) + 10
     tail = 1 - probs[top.ids].sum()
     assert abs(reads - tail * draws) < 5 * np.sqrt(draws * max(tail * (1 - tail), 1e-4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), rows=st.integers(2, 9), steps=st.sampled_from([2.0, 1024.0]), spread=st.floats(0.2, 8.0)
+)
+def test_rows_together_give_what_each_gives_alone(seed: int, rows: int, steps: float, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (np.round(rng.standard_normal((rows, 500)) * spread * steps) / steps).astype(np.float32)
+    each = [
+        resolved(
+            temperature=float(rng.choice([0.0, 0.2, 1.0, 3.0])),
+            top_k=int(rng.choice([0, 1, 5, 40, 64, 100])),
+            top_p=float(rng.choice([1.0, 0.9, 0.3])),
+            min_p=float(rng.choice([0.0, 0.05, 0.5])),
+        )
+        for _ in range(rows)
+    ]
+    asks = [asked(params) for params in each]
+    step = DeviceLogits(logits, np.array(asks, np.float32))
+    generators = [make_generator(row) for row in range(rows)]
+    together = choose_rows(step, [(n, p, g, a) for n, (p, g, a) in enumerate(zip(each, generators, asks, strict=True))])
+    for row, (params, ask) in enumerate(zip(each, asks, strict=True)):
+        alone = make_generator(row)
+        choice = choose_from_step(step, row, params, alone, ask)
+        if row in together:
+            assert choice == together[row]
+            assert generators[row].random() == alone.random()  # the same numbers are used up
+        else:
+            filtering = bool(params.top_k) or params.min_p or (params.top_p or 1.0) < 1.0
+            assert choice is None or ask <= 0 or not filtering or sum(a > 0 for a in asks) < 2 or not together
+            assert generators[row].random() == make_generator(row).random()
 
 
 def test_one_number_is_drawn_each_time() -> None:
