@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-from llmx.cli.common import load, model_options, reason
+from llmx.cli.common import load, model_options, reason, speculation_options
 from llmx.cli.conversation import opening, show, template_arguments, template_options
 from llmx.cli.sampling import GroupedCommand, sampling_options, sampling_params
 
@@ -20,6 +20,7 @@ _HELP = (
 @click.command(name="chat", cls=GroupedCommand)
 @model_options
 @template_options
+@speculation_options
 @sampling_options
 def command(**options: Any) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /exit leaves. Ctrl-C stops an answer and

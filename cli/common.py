@@ -44,6 +44,30 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _all(function, _ONNX, _DEVICE, _THREADS, _REVISION, _BATCH_SIZE)
 
 
+def speculation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--draft and --prompt-lookup."""
+    return _all(
+        function,
+        click.option(
+            "--draft", metavar="DIR_OR_HUB_ID", help="A small package of the same vocabulary that guesses ahead."
+        ),
+        click.option(
+            "--prompt-lookup", is_flag=True, help="Guess what followed the last words where they were before."
+        ),
+    )
+
+
+def _speculation(options: dict[str, Any]) -> Any:
+    """The Speculation of `speculation_options`, or None."""
+    from llmx.runtime import Speculation
+
+    if options.get("draft") and options.get("prompt_lookup"):
+        raise click.UsageError("Give --draft or --prompt-lookup, not both.")
+    if options.get("prompt_lookup"):
+        return Speculation(prompt_lookup=True)
+    return Speculation(draft=options["draft"]) if options.get("draft") else None
+
+
 def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
     """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. A beam search gets the slots that it
     needs. Raises FamilyError where it is to generate and cannot.
@@ -63,6 +87,7 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
             max_length=options.get("max_length"),
             threads=options["threads"],
             slots=slots,
+            speculative=_speculation(options),
         )
     if generate:
         llm.need_generation()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from llmx.cli.common import load, model_options, read_prompt
+from llmx.cli.common import load, model_options, read_prompt, speculation_options
 from llmx.cli.conversation import opening, show, template_arguments, template_options
 from llmx.cli.profile import profile_option
 from llmx.cli.sampling import GroupedCommand, sampling_options, sampling_params
@@ -31,6 +31,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @template_options
 @click.option("--tools", type=_FILE, help="A JSON file: a list of functions that the model may call (with --chat).")
 @click.option("--prefill", help="What the answer begins with (with --chat).")
+@speculation_options
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--logprobs", type=int, help="Put each token's log-probability, and the N likeliest, into the JSON.")
@@ -58,6 +59,7 @@ def command(
       llmx run --onnx artifacts/demo --prompt "ROMEO:" --temperature 0 -n 64
       echo "Once upon a time" | llmx run --onnx artifacts/demo --json
       llmx run --onnx artifacts/demo --chat --prompt "What news?" --seed 7
+      llmx run --onnx artifacts/demo --draft artifacts/draft --prompt "ROMEO:"
       llmx run --onnx artifacts/qwen --chat --prompt "Is it warm in Rome?" --tools tools.json --json
       llmx run --onnx artifacts/demo --prompt "KING:" --regex "[A-Z ]+[.!?]" --repetition-penalty 1.2
       llmx run --onnx artifacts/whisper --audio speech.wav --language en
@@ -128,6 +130,12 @@ def _timings(metrics: Any, quiet: bool) -> None:
             f"{metrics.num_output_tokens} tokens at {metrics.decode_tokens_per_second:.1f} tokens/s",
             err=True,
         )
+        if metrics.num_verifications:
+            click.echo(
+                f"{metrics.num_accepted} of {metrics.num_drafted} guesses stood, "
+                f"{metrics.mean_accepted_length:.2f} tokens a pass",
+                err=True,
+            )
 
 
 def _logprobs(result: Any) -> list[list[dict[str, Any]]]:
@@ -146,6 +154,11 @@ def _logprobs(result: Any) -> list[list[dict[str, Any]]]:
 
 def _print_json(output: Any) -> None:
     result, metrics = output.outputs[0], output.metrics
+    speculation = {
+        "drafted_tokens": metrics.num_drafted,
+        "accepted_tokens": metrics.num_accepted,
+        "mean_accepted_length": round(metrics.mean_accepted_length, 3),
+    }
     message = {"message": result.message.to_dict()} if result.message is not None else {}
     click.echo(
         json.dumps(
@@ -158,6 +171,7 @@ def _print_json(output: Any) -> None:
                 "finish_reason": result.finish_reason,
                 "stop_reason": result.stop_reason,
                 "usage": {"prompt_tokens": metrics.num_prompt_tokens, "completion_tokens": metrics.num_output_tokens},
+                **({"speculation": speculation} if metrics.num_verifications else {}),
                 "time_to_first_token_s": round(metrics.ttft, 6),
                 "decode_tokens_per_second": round(metrics.decode_tokens_per_second, 2),
             },

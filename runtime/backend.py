@@ -17,7 +17,7 @@ from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.state import StatePool, plan_state
 from llmx.runtime.step_logits import HostLogits, StepLogits
 
-_KEPT_PREFILL_STEPS = 8
+_KEPT_PREFILL_STEPS = 16
 
 
 class Backend(Protocol):
@@ -30,6 +30,7 @@ class Backend(Protocol):
     rewinds: bool  # whether a slot may go back to fewer positions than it holds
     prefill_chunk: int  # prompt tokens that are best run at once
     last_hidden: np.ndarray | None  # [k, hidden] of the last prefill's asked columns, where the package has them
+    verifies_batches: bool  # whether `verify` works
     stores_state: bool  # whether `read_state` and `write_state` work
     state_by_length: bool  # whether a prompt token's state depends on how long the prompt is
     recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
@@ -78,6 +79,15 @@ class Backend(Protocol):
         """
         ...
 
+    def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Several tokens for each of the slots 0 … n-1: int64 [n, width] tokens, padded on their right, how many positions
+        each slot holds before them, and how many of its tokens count, int64 [n], 1 … width.
+
+        Returns logits [n, width, vocab], valid until the next call; those of the padding mean nothing. Only where
+        `verifies_batches`. An idle row passes one token and its own length, as to `decode`.
+        """
+        ...
+
     def encode(self, slot: int, source: np.ndarray) -> None:
         """Encoder-decoders: read int64 [n] source tokens, or features float32 [n_mels, frames]; the slot attends to them
         from its next prefill on.
@@ -115,6 +125,9 @@ class OrtBackend:
         self.vocab_size = manifest.model.vocab_size
         self.recompute_at = manifest.model.recompute_at
         self.state_by_length = any(t.role == "rope_lengths" for g in manifest.graphs.values() for t in g.inputs)
+        prefill = manifest.graphs["prefill"]
+        self.verifies_batches = prefill.input_named("query_seqlens") is not None
+        self._verify_steps: dict[tuple[int, int], _Step] = {}
         self._sessions = sessions
         self._state = state
         self._device = device
@@ -183,6 +196,25 @@ class OrtBackend:
         step.feed("rope_lengths", lengths[:, None] + 1)
         return HostLogits(step.run(self._run_options)[:, 0])
 
+    def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        rows, width = token_ids.shape
+        step = self._verify_steps.pop((rows, width), None)
+        if step is None:
+            graph = self.manifest.graphs["prefill"]
+            step = _Step(self._sessions["prefill"], graph, self._state, 0, rows, width, width, self.manifest)
+            step.feed("logits_positions", np.arange(width)[None])
+            while len(self._verify_steps) >= _KEPT_PREFILL_STEPS:
+                self._verify_steps.pop(next(iter(self._verify_steps)))
+        self._verify_steps[rows, width] = step  # most recently used last
+        positions = lengths[:, None] + np.minimum(np.arange(width)[None], counts[:, None] - 1)
+        step.feed("input_ids", token_ids)
+        step.feed("position_ids", positions)
+        step.feed("seqlens_k", lengths + counts - 1)
+        step.feed("total_sequence_length", (lengths + counts).max())
+        step.feed("query_seqlens", counts)
+        step.feed("rope_lengths", positions + 1)
+        return step.run(self._run_options)
+
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")
 
@@ -199,6 +231,7 @@ class OrtBackend:
         """Free sessions and state; the backend must not be used afterwards."""
         self._decode_steps.clear()
         self._prefill_steps.clear()
+        self._verify_steps.clear()
         self._sessions.clear()
         self._state.close()
 

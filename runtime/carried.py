@@ -26,6 +26,7 @@ class CarriedBackend:
     recompute_at: int | None = None
     prefill_chunk = 192
     last_hidden: np.ndarray | None = None
+    verifies_batches = False
     stores_state = state_by_length = False  # a prefill graph takes no state, and a recurrence cannot be cut
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], plan: StatePlan) -> None:
@@ -110,6 +111,9 @@ class CarriedBackend:
                 self._rewind(row, int(lengths[row]))
                 self._logits[row] = self._step(row, int(token_ids[row]))
         return HostLogits(self._logits[: len(token_ids)])
+
+    def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        raise AssertionError("carried state runs row by row")
 
     def _step(self, slot: int, token: int) -> np.ndarray:
         """One token after the slot's state; logits [vocab]."""

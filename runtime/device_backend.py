@@ -28,6 +28,7 @@ class DeviceBackend:
     """
 
     chunked = rewinds = stores_state = True
+    verifies_batches = False  # a call with past and several new tokens has batch 1 there
     prefill_chunk = 2048
 
     def __init__(
@@ -234,6 +235,9 @@ class DeviceBackend:
         return array
 
     # -- the rest -----------------------------------------------------------------------------------------------------
+
+    def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        raise AssertionError("guesses are judged slot by slot on a device")
 
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("a decoder-only package has no encoder")

@@ -23,6 +23,7 @@ from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
 from llmx.runtime.sampling import Choice, choose, make_generator, needs_full_row, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
+from llmx.runtime.speculator import Speculator
 from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.structured import StructuredOutputsParams
@@ -42,8 +43,9 @@ class Engine:
         prefill_chunk: int = 192,
         seq2seq: Seq2SeqInfo | None = None,
         prefix_cache_bytes: int = 0,
+        speculator: Speculator | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend, self.speculator = backend, speculator
         self.seq2seq = seq2seq
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size)
@@ -280,6 +282,12 @@ class Engine:
         for idle in self.scheduler.pool.held():
             # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
+        if self.speculator is not None:
+            sequences = [s for s in self.speculator.run(sequences, lengths, self._take) if s.slot is not None]
+            if not sequences:
+                return
+            for sequence in self.scheduler.pool.held():
+                lengths[sequence.slot] = min(sequence.num_cached, self.backend.max_length - 1)
         for sequence in sequences:
             if sequence.num_cached == self.backend.recompute_at:
                 assert sequence.slot is not None
@@ -315,22 +323,29 @@ class Engine:
         return WHOLE_ROW if needs_full_row(sequence.params, sequence.history) else sequence.asks
 
     def _advance(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None = None) -> None:
-        """Choose the next token from row `row` of `logits` (`choice`, where it was), and find out whether the sequence goes on.
+        """Choose the next token from row `row` of `logits` (`choice`, where it was), and find out whether the sequence goes on."""
+        self._take(sequence, lambda: choice or self._choose(sequence, logits, row))
+
+    def _take(self, sequence: Sequence, pick: Callable[[], Choice]) -> bool:
+        """The next token is what `pick` chooses; whether the sequence goes on.
 
         Whatever fails here (NaN logits, a grammar, a detokenizer) is of this request alone, and ends it alone.
         """
         try:
-            self._next_token(sequence, logits, row, choice)
+            self._next_token(sequence, pick)
         except Exception as error:
             self._fail(sequence.request, error)
+        return sequence.finish_reason is None
 
-    def _next_token(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None) -> None:
+    def _choose(self, sequence: Sequence, logits: StepLogits, row: int) -> Choice:
+        params = sequence.params
+        choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
+        return choice or choose(logits.row(row), params, sequence.generator, sequence.history)
+
+    def _next_token(self, sequence: Sequence, pick: Callable[[], Choice]) -> None:
         params, history = sequence.params, sequence.history
         with span("sample"):
-            if choice is None:
-                choice = choose_from_step(logits, row, params, sequence.generator, self._asks(sequence))
-            if choice is None:
-                choice = choose(logits.row(row), params, sequence.generator, history)
+            choice = pick()
         self._accept(sequence, choice.token, self._note_logprobs(sequence, choice))
         # Log-probabilities of forced tokens need a step for each; so do states that take no chunks.
         if params.logprobs is None and self.backend.chunked and self.backend.recompute_at is None:

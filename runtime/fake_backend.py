@@ -15,6 +15,7 @@ class FakeBackend:
 
     recompute_at: int | None = None
     state_by_length = False
+    verifies_batches = True
     chunked = True
     prefill_chunk = 192
     last_hidden: np.ndarray | None = None
@@ -24,7 +25,7 @@ class FakeBackend:
         self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
-        self.num_prefills = self.num_decodes = 0
+        self.num_prefills = self.num_decodes = self.num_verifies = 0
         self.closed = False
 
     def next_logits(self, tokens: list[int]) -> np.ndarray:
@@ -85,6 +86,16 @@ class FakeBackend:
             self._write(slot, int(length), int(token))
             rows.append(self.next_logits(self._written[slot]))
         return HostLogits(np.array(rows))
+
+    def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        self.num_verifies += 1
+        logits = np.full((*token_ids.shape, self.vocab_size), np.nan, np.float32)
+        for slot, (tokens, length, count) in enumerate(zip(token_ids, lengths, counts, strict=True)):
+            if length <= len(self._written[slot]):  # else an idle row that was never filled so far
+                for offset, token in enumerate(tokens[:count]):
+                    self._write(slot, int(length) + offset, int(token))
+                    logits[slot, offset] = self.next_logits(self._written[slot])
+        return logits
 
     def encode(self, slot: int, source: np.ndarray) -> None:
         raise AssertionError("the fake is decoder-only")

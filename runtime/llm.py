@@ -25,6 +25,8 @@ from llmx.runtime.params import SamplingParams
 from llmx.runtime.perplexity import Perplexity, sliding
 from llmx.runtime.prompts import Prompt, as_list, is_token
 from llmx.runtime.scheduler import Request
+from llmx.runtime.speculation import Speculation
+from llmx.runtime.speculator import Speculator, open_speculator
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 from llmx.runtime.transcribe import Transcript, transcribe
@@ -54,6 +56,8 @@ class LLM:
         prefix_cache_bytes: memory for the state of prompt prefixes, which later prompts that begin alike are spared
             (docs/serving.md); 0: none. Packages with carried state have none.
         mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
+        speculative: speculative decoding, lossless: a draft package with the same vocabulary (folder or hub id), or a
+            `Speculation`, which also looks up what followed in the prompt. docs/decoding.md.
 
     Raises PackageError, FamilyError, ProviderError, MissingDependencyError, OutOfMemoryError, RequestError.
     """
@@ -72,6 +76,7 @@ class LLM:
         mapped_cache: bool = True,
         prefix_cache_bytes: int = 0,
         cache_dir: str | Path | None = None,
+        speculative: Speculation | str | Path | None = None,
     ) -> None:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise RequestError(f"prefill_chunk must be at least 1, and is {prefill_chunk}.")
@@ -84,14 +89,39 @@ class LLM:
             self.folder, self.manifest = folder, manifest
             self.encoder = open_encoder(folder, manifest, device, threads, spin, mapped_cache, cache)
             self.tokenizer = self.encoder.tokenizer
+            if speculative is not None:
+                self.need_generation()
             return
         if manifest.family not in ("decoder", "encoder-decoder"):
             raise FamilyError(f"{folder} is an {manifest.family} model, which this llmx does not run; upgrade llmx.")
         with span("load tokenizer"):
             tokenizer = Tokenizer.load(folder, manifest.tokenizer)
         with span("load graphs"):
-            backend = open_backend(folder, manifest, device, max_length, slots, threads, spin, mapped_cache, cache)
-        self._setup(folder, manifest, tokenizer, backend, prefill_chunk or backend.prefill_chunk, prefix_cache_bytes)
+            options: dict[str, Any] = {
+                "device": device, "threads": threads, "spin": spin, "mapped_cache": mapped_cache, "cache_dir": cache,
+            }  # fmt: skip
+            backend = open_backend(folder, manifest, max_length=max_length, slots=slots, **options)
+        chunk = prefill_chunk or backend.prefill_chunk
+        try:
+            speculator = self._speculator(speculative, manifest, tokenizer, backend, chunk, options)
+        except BaseException:
+            backend.close()
+            raise
+        self._setup(folder, manifest, tokenizer, backend, chunk, prefix_cache_bytes, speculator)
+
+    @staticmethod
+    def _speculator(
+        wanted: Speculation | str | Path | None,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        backend: Backend,
+        chunk: int,
+        options: dict[str, Any],
+    ) -> Speculator | None:
+        if wanted is None:
+            return None
+        with span("load draft"):
+            return open_speculator(wanted, manifest, tokenizer, backend, chunk, **options)
 
     def _setup(
         self,
@@ -101,11 +131,12 @@ class LLM:
         backend: Backend,
         prefill_chunk: int,
         prefix_cache_bytes: int = 0,
+        speculator: Speculator | None = None,
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
         self.engine = self._driver.engine = Engine(
-            backend, tokenizer, prefill_chunk, manifest.seq2seq, prefix_cache_bytes
+            backend, tokenizer, prefill_chunk, manifest.seq2seq, prefix_cache_bytes, speculator
         )
         self._conversations = Conversations(folder, tokenizer)
 
@@ -429,7 +460,12 @@ class LLM:
 
     def close(self) -> None:
         """Free sessions and state, after the step in progress. Waiting callers get ClosedError. Idempotent."""
-        self._driver.close(self.backend.close if self.encoder is None else self.encoder.close)
+        self._driver.close(self._release if self.encoder is None else self.encoder.close)
+
+    def _release(self) -> None:
+        self.backend.close()
+        if self.engine.speculator is not None:
+            self.engine.speculator.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -50,6 +50,9 @@ class RequestMetrics:
     finished: float = 0.0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    num_drafted: int = 0  # tokens that speculation guessed
+    num_accepted: int = 0  # those of them that stood
+    num_verifications: int = 0  # passes that judged guesses
     num_cached_tokens: int = 0  # of the prompt's, those whose state was not computed again
 
     @property
@@ -77,6 +80,11 @@ class RequestMetrics:
         """Time per output token: seconds between tokens after the first; 0 where there are none."""
         later = self.num_output_tokens - 1
         return _between(self.first_token, self.last_token) / later if later > 0 else 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens for each pass that judged guesses: those that stood, and one more; 0 where there were none."""
+        return 1 + self.num_accepted / self.num_verifications if self.num_verifications else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:

@@ -35,6 +35,7 @@ class Sequence:
     num_cached: int = 0
     turn: int = 0  # in which order sequences got their slots
     parked: bool = False  # holds a slot and runs nothing: a beam that waits for the prompt's state
+    speculation: Any = None  # a Progress, where guesses are made
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
     text: str = ""
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)

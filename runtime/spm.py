@@ -62,6 +62,9 @@ class SpmTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return max(self._spellings, default=-1) + 1
 
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self._ids)
+
     def encode_batch(self, texts: Iterable[str], add_special_tokens: bool = True) -> list[list[int]]:
         return [self._encode(text, add_special_tokens) for text in texts]
 

@@ -74,6 +74,10 @@ class Tokenizer:
         """Tokens of the vocabulary, added ones included. The model may have more rows (padding)."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Spelling -> id of every token, added ones included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     @property
     def eos_token_ids(self) -> list[int]:
         """The model's end tokens."""
