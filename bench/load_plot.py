@@ -18,7 +18,9 @@ def rates(reports: list[dict[str, Any]], file: Path) -> None:
     plt = need_matplotlib()
     figure, axes = plt.subplots(2, 2, figsize=(9.6, 6.8))
     shown = sorted(reports, key=lambda r: float(r["settings"]["request_rate"]))
-    x = [str(r["settings"]["request_rate"]) for r in shown]
+    x: list[Any] = [r["settings"]["request_rate"] for r in shown]
+    if "inf" in x:
+        x = [str(rate) for rate in x]
     for axis, (key, label) in zip(axes.flat, _METRICS, strict=False):
         for name, colour in _STYLES:
             y = [r[f"{key}_ms"].get(name, np.nan) for r in shown]

@@ -57,8 +57,8 @@ def sweep(points: list[dict[str, Any]], title: str, file: Path) -> None:
             axis.plot(x, y, marker="o", markersize=4, color=colour, label=name or None)
             axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         values = sorted({p[axis_key] for p in points})
-        if len(values) > 2 and values[-1] > 4 * max(1, values[0]):
-            axis.set_xscale("symlog" if values[0] == 0 else "log", base=2)
+        if len(values) > 2 and values[0] > 0 and values[-1] > 4 * values[0]:
+            axis.set_xscale("log", base=2)
         axis.set_xticks(values, [f"{v:,}" for v in values])
         axis.minorticks_off()
         axis.set_xlabel(_LABELS[axis_key])

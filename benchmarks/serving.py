@@ -300,7 +300,7 @@ def main() -> None:
     add_peers_argument(parser)
     parser.add_argument("--clients", type=positive, default=32, help="at once [default: 32]")
     parser.add_argument("--single", type=positive, default=4, help="requests of the one client [default: 4]")
-    parser.add_argument("--rounds", type=positive, default=1, help="requests of each of many [default: 1]")
+    parser.add_argument("--rounds", type=positive, default=2, help="requests of each of many [default: 2]")
     parser.add_argument("--requests", type=positive, default=60, help="of each rate [default: 60]")
     parser.add_argument("--repeats", type=positive, default=3, help="runs of each [default: 3]")
     parser.add_argument("--threads", type=positive, default=2, help="of llmx serve [default: 2]")
