@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -138,8 +139,8 @@ def test_the_readme_is_true(page: str, demo: Path) -> None:
     for snippet in snippets:
         exec(compile(snippet.replace("artifacts/demo", str(demo)), page, "exec"), names)
     for line in re.findall(r"^llmx (.+)$", text, re.M):
-        command = line.split("#")[0].split()
-        shown = CliRunner().invoke(main, [command[0], "--help"]).output
+        command = list(itertools.takewhile(lambda word: not word.startswith("-"), line.split("#")[0].split()))
+        shown = CliRunner().invoke(main, [*command, "--help"]).output
         for option in re.findall(r"(?<!\S)--[a-z-]+", line):
             assert option in shown, f"{page}: llmx {line}"
 
