@@ -22,6 +22,7 @@ from llmx.serve.errors import ApiError, api_error
 from llmx.serve.metrics import Metrics
 from llmx.serve.models import Model, Models, Pump
 from llmx.serve.observe import Observer
+from llmx.serve.otel import Tracer
 from llmx.serve.tokens import detokenize, tokenize
 from llmx.serve.web import PATHS, add_page
 from pydantic import BaseModel
@@ -57,8 +58,13 @@ _POSTS = (
 _STREAMED = {"/v1/chat/completions", "/v1/completions"}
 
 
-def create_app(models: Models, config: ServeConfig) -> FastAPI:
-    """The server of `models`, which it closes at its end."""
+def create_app(models: Models, config: ServeConfig, tracer: Tracer | None = None) -> FastAPI:
+    """The server of `models`, which it closes at its end. `tracer`: instead of that of `otlp_endpoint`.
+
+    Raises MissingDependencyError where traces are asked for and OpenTelemetry is not there.
+    """
+    if tracer is None and config.otlp_endpoint is not None:
+        tracer = Tracer(config.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +73,8 @@ def create_app(models: Models, config: ServeConfig) -> FastAPI:
             yield
         finally:
             await models.aclose()
+            if tracer is not None:
+                await asyncio.to_thread(tracer.close)
 
     app = FastAPI(title="llmx", version=version("llmx"), lifespan=lifespan, redoc_url=None)
     app.state.models, app.state.config = models, config
@@ -82,7 +90,7 @@ def create_app(models: Models, config: ServeConfig) -> FastAPI:
         app.add_middleware(
             CORSMiddleware, allow_origins=config.cors_origin, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
-    app.add_middleware(Observer, metrics=app.state.metrics, log_prompts=config.log_prompts)
+    app.add_middleware(Observer, metrics=app.state.metrics, log_prompts=config.log_prompts, tracer=tracer)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -52,6 +52,10 @@ class ServeConfig(BaseModel):
     max_connections: int = Field(2048, ge=1, description="Connections open at the same time; the next gets 503.")
     drain_timeout: _Seconds = Field(60.0, description="Seconds that running requests get to end after SIGTERM.")
     cors_origin: list[str] = Field([], description="An origin whose pages may call the server; several may be given.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Send OpenTelemetry traces there (OTLP over HTTP, http://host:4318/v1/traces); needs llmx[otel].",
+    )
     log_format: Literal["json", "text"] = Field("json", description="How log lines are written: json or text.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least level that is logged."

@@ -39,7 +39,7 @@ def configure(log_format: str, level: str) -> None:
     """Write llmx's and uvicorn's lines to standard error in one form. uvicorn's access lines are left out: ours say more."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    for name in ("llmx", "uvicorn"):
+    for name in ("llmx", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level.upper())

@@ -12,6 +12,7 @@ from typing import Any
 from llmx.serve.errors import api_error
 from llmx.serve.logs import LOGGER, log
 from llmx.serve.metrics import Metrics
+from llmx.serve.otel import Tracer
 from llmx.serve.sse import ClientGoneError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -22,8 +23,8 @@ _QUIET = {"/health", "/ready", "/metrics"}
 class Observer:
     """ASGI middleware, the outermost. What no handler caught becomes a 500 in OpenAI's shape, and its traceback a log line."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log_prompts: bool = False) -> None:
-        self._app, self._metrics, self._log_prompts = app, metrics, log_prompts
+    def __init__(self, app: ASGIApp, metrics: Metrics, log_prompts: bool = False, tracer: Tracer | None = None) -> None:
+        self._app, self._metrics, self._log_prompts, self._tracer = app, metrics, log_prompts, tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,9 +53,10 @@ class Observer:
             if not status:
                 await api_error(error).response()(scope, receive, observed)
         finally:
-            self._note(scope, state, request_id, status, time.perf_counter() - start)
+            self._note(scope, state, request_id, status, start)
 
-    def _note(self, scope: Scope, state: dict[str, Any], request_id: str, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, state: dict[str, Any], request_id: str, status: int, start: float) -> None:
+        end = time.perf_counter()
         generation, error = state.get("generation"), state.get("error")
         gone = isinstance(error, ClientGoneError | asyncio.CancelledError)
         fields: dict[str, Any] = {
@@ -62,7 +64,7 @@ class Observer:
             "method": scope["method"],
             "path": scope["path"][:200],
             "status": 499 if gone else status,
-            "duration_ms": round(seconds * 1e3, 1),
+            "duration_ms": round((end - start) * 1e3, 1),
             "client": (scope.get("client") or ("?",))[0],
         }
         if error is not None and not gone:
@@ -79,6 +81,8 @@ class Observer:
             if self._log_prompts:
                 fields["prompts"] = [r.prompt if r.prompt is not None else r.prompt_ids for r in generation.requests]
                 fields["answers"] = [s.text for r in generation.requests for s in r.sequences]
+        if self._tracer is not None and scope["path"] not in _QUIET:
+            self._tracer.record(dict(scope), fields["status"], start, end, generation, fields.get("error"))
         log(logging.DEBUG if scope["path"] in _QUIET else logging.INFO, "request", **fields)
 
 

@@ -269,3 +269,37 @@ def test_the_demo_model_says_the_same_from_the_cache(demo: Path) -> None:
         llm.generate([prompts[3]], SamplingParams(max_tokens=1))
         for kept, computed in zip(restored, backend.read_state(0, 0, 192), strict=True):
             np.testing.assert_array_equal(kept, computed)
+
+
+def test_the_demo_model_says_the_same_in_any_traffic(demo: Path) -> None:
+    """Random arrivals, prefixes in common, cancellations, several continuations: bit for bit what each prompt gets alone."""
+    generator = np.random.default_rng(1)
+
+    def draw(count: int) -> list[int]:
+        ids: list[int] = generator.integers(3, 1000, count).tolist()
+        return ids
+
+    with LLM(demo, slots=1) as alone, LLM(demo, slots=4, prefix_cache_bytes=1 << 20, prefill_chunk=16) as llm:
+        engine, heads = llm.engine, [draw(40), draw(70), []]
+        waiting = [(heads[generator.integers(3)] + draw(int(generator.integers(1, 50)))) for _ in range(40)]
+        requests: list[Request] = []
+        while waiting or engine.has_work:
+            if waiting and generator.random() < 0.3:
+                chosen = SamplingParams(
+                    max_tokens=int(generator.integers(1, 40)), temperature=0.0, ignore_eos=True, n=int(generator.integers(1, 3))
+                )  # fmt: skip
+                requests.append(engine.add(None, waiting.pop(), chosen.resolved({})))
+            if requests and generator.random() < 0.02:
+                engine.cancel(requests[generator.integers(len(requests))])
+            engine.step()
+            engine.check_integrity()
+        cancelled = 0
+        for request in requests:
+            assert request.error is None
+            greedy = SamplingParams(max_tokens=request.params.max_tokens, temperature=0.0, ignore_eos=True)
+            expected = alone.generate([request.prompt_ids], greedy)[0].outputs[0].token_ids
+            for sequence in request.sequences:
+                cancelled += sequence.finish_reason == "abort"
+                assert sequence.output_ids == expected[: sequence.num_output]
+                assert sequence.finish_reason == "abort" or sequence.output_ids == expected
+        assert cancelled and engine.prefix_cache is not None and engine.prefix_cache.num_hits > 200

@@ -47,12 +47,12 @@ class Running:
 
 
 @contextmanager
-def running(config: ServeConfig, models: Models | None = None) -> Iterator[Running]:
+def running(config: ServeConfig, models: Models | None = None, tracer: Any = None) -> Iterator[Running]:
     models = models or load_models(config)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        server = Server(uvicorn_config(create_app(models, config), config), models)
+        server = Server(uvicorn_config(create_app(models, config, tracer), config), models)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()
         try:

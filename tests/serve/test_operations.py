@@ -246,6 +246,30 @@ def test_metrics_have_vllms_names(serving: Serving) -> None:
         assert (f"vllm:{name}", None) in samples, name
 
 
+def test_traces(demo: Path) -> None:
+    """A span for each request, in the caller's trace, with its phases inside; no text in them."""
+    from llmx.serve.otel import Tracer
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with running(ServeConfig(onnx=[f"demo={demo}"]), tracer=Tracer(exporter=exporter)) as server:
+        body = {"prompt": "ROMEO: private", "max_tokens": 4, "stream": True}
+        server.post("/v1/completions", body, headers={"traceparent": parent})
+        server.post("/v1/completions", {**body, "model": "other"})
+        until(lambda: len(exporter.get_finished_spans()) == 5)
+    spans = {(s.name, (s.attributes or {}).get("http.response.status_code")): s for s in exporter.get_finished_spans()}
+    request = spans["POST /v1/completions", 200]
+    assert request.context is not None and f"{request.context.trace_id:032x}" == parent.split("-")[1]
+    assert request.attributes is not None and request.attributes["gen_ai.usage.output_tokens"] == 4
+    phases = [spans[name, None] for name in ("queue", "prefill", "decode")]
+    assert all(p.parent is not None and p.parent.span_id == request.context.span_id for p in phases)
+    assert request.start_time <= phases[0].start_time <= phases[1].start_time <= phases[2].end_time <= request.end_time
+    refused = spans["POST /v1/completions", 404]
+    assert refused.attributes is not None and refused.attributes["error.type"] == "model_not_found"
+    assert "private" not in str([s.to_json() for s in exporter.get_finished_spans()])
+
+
 def test_several_packages(demo: Path, encoder: Callable[[str], Path]) -> None:
     config = ServeConfig(onnx=[f"chat={demo}", f"vectors={encoder('embed')}", f"judge={encoder('rerank')}"], slots=2)
     with running(config) as server:
