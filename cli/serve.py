@@ -51,7 +51,9 @@ def read_config(given: dict[str, Any], file: Path | None) -> ServeConfig:
     """The settings: flags first, then LLMX_… variables, then the file (TOML), then defaults. Raises RequestError."""
 
     class Settings(BaseSettings, ServeConfig):
-        model_config = SettingsConfigDict(env_prefix="LLMX_", extra="forbid", toml_file=file, frozen=True)
+        model_config = SettingsConfigDict(
+            env_prefix="LLMX_", extra="forbid", toml_file=file, frozen=True, enable_decoding=False
+        )
 
         @classmethod
         def settings_customise_sources(
@@ -82,7 +84,7 @@ def read_config(given: dict[str, Any], file: Path | None) -> ServeConfig:
 )
 @_options
 def command(config: Path | None, **options: Any) -> None:
-    """Serve packages over HTTP, with OpenAI's API. Lists in variables are JSON: LLMX_ONNX='["artifacts/demo"]'.
+    """Serve packages over HTTP, with OpenAI's API. Several entries in a variable are a JSON list.
 
     \b
     Examples:

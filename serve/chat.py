@@ -11,7 +11,7 @@ from llmx.runtime.conversation import ChatRequest as ChatPrompt
 from llmx.serve.body import read
 from llmx.serve.common import respond
 from llmx.serve.errors import bad_request
-from llmx.serve.fields import sampling_params
+from llmx.serve.fields import places, sampling_params
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.prompts import chat_request
 from llmx.serve.protocol import ChatRequest
@@ -27,9 +27,7 @@ async def chat_completions(request: HttpRequest) -> Response:
     model: Model = request.app.state.models.get(body.model)
     chat = Chat(model, body)
     request.state.aliases = chat.aliases
-    return await respond(
-        request, model, (body.n or 1, "n"), chat.prepare, chat.answer, chat.events if body.stream else None
-    )
+    return await respond(request, model, places(body), chat.prepare, chat.answer, chat.events if body.stream else None)
 
 
 class Chat:

@@ -47,7 +47,7 @@ async def respond(
         note(request, generation, None)
         generation.close()
 
-    return EventStream(_guarded(request, generation, events, limit), end)
+    return EventStream(_guarded(request, generation, events, limit), end, limit)
 
 
 async def _collect(generation: Generation, prepare: Callable[[], Wanted], answer: Callable[[Generation], Any]) -> Any:
@@ -61,10 +61,14 @@ async def _guarded(
     request: Request, generation: Generation, events: Callable[[Generation], AsyncIterator[bytes]], limit: float
 ) -> AsyncIterator[bytes]:
     """The events, then `[DONE]`; a failure becomes an `error` event, as the status line has been sent."""
+    items = aiter(events(generation))
     try:
-        async with asyncio.timeout(limit - time.monotonic()):
-            async for item in events(generation):
-                yield item
+        while True:
+            async with asyncio.timeout(limit - time.monotonic()):  # not around the yield, which waits for the client
+                item = await anext(items)
+            yield item
+    except StopAsyncIteration:
+        pass
     except Exception as error:
         note(request, generation, error)
         yield event(api_error(error).body(), "error")

@@ -11,7 +11,7 @@ from llmx.runtime.scheduler import Request, Sequence
 from llmx.serve.body import read
 from llmx.serve.common import respond
 from llmx.serve.errors import bad_request
-from llmx.serve.fields import sampling_params
+from llmx.serve.fields import places, sampling_params
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.protocol import CompletionRequest
 from llmx.serve.sse import event
@@ -30,9 +30,13 @@ async def completions(request: HttpRequest) -> Response:
     completion = Completion(model, body)
     if completion.form is not None:
         request.state.aliases = {"structured_outputs": "response_format"}
-    places = len(completion.prompts) * completion.n, "n" if completion.n > 1 else "prompt"
     return await respond(
-        request, model, places, completion.prepare, completion.answer, completion.events if body.stream else None
+        request,
+        model,
+        places(body, len(completion.prompts)),
+        completion.prepare,
+        completion.answer,
+        completion.events if body.stream else None,
     )
 
 

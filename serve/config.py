@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 _Seconds = Annotated[float, Field(gt=0)]
 
@@ -61,3 +62,11 @@ class ServeConfig(BaseModel):
         "info", description="The least level that is logged."
     )
     log_prompts: bool = Field(False, description="Log prompts and answers as well (they are left out otherwise).")
+
+    @field_validator("onnx", "api_key", "cors_origin", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        """A variable's text is one entry, or a JSON list of them."""
+        if not isinstance(value, str):
+            return value
+        return json.loads(value) if value.lstrip().startswith("[") else [value]

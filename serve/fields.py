@@ -96,6 +96,13 @@ def sampling_params(body: Sampling, **given: Any) -> SamplingParams:
     return SamplingParams(**values, **{name: value for name, value in given.items() if value is not None})
 
 
+def places(body: Sampling, prompts: int = 1) -> tuple[int, str]:
+    """How many slots a request may hold at a time, and the field that says so."""
+    beams = getattr(body, "num_beams", None) or 1
+    count = max(body.n or 1, beams)
+    return prompts * count, ("num_beams" if beams > (body.n or 1) else "n") if count > 1 else "prompt"
+
+
 def _bias(value: dict[str, float]) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in value.items()}

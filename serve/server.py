@@ -30,6 +30,7 @@ def _protocol(header_timeout: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self.app_state = {**self.app_state, "abort": transport.abort}  # reaches a request as scope["state"]
             self._expect()
 
         def data_received(self, data: bytes) -> None:

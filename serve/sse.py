@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+_GRACE = 1.0  # seconds for an error event to be sent at the time limit
 DONE = b"data: [DONE]\n\n"
 
 
@@ -48,22 +50,30 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Sends `events` as they come. `close` is called however it ends: at the end, by an error, or as the client leaves."""
+    """Sends `events` as they come. `close` is called however it ends: at the end, by an error, or as the client leaves.
+
+    At `limit` (time.monotonic) a client that has stopped reading is cut off: a connection that waits for it would wait
+    for ever.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None], limit: float) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._events, self._close = events, close
+        self._events, self._close, self._limit = events, close, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            timeout = max(0.0, self._limit - time.monotonic()) + _GRACE
+            await asyncio.wait({sending, leaving}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+            elif not leaving.done():
+                scope.get("state", {}).get("abort", lambda: None)()
+                raise ClientGoneError
         finally:
             self._close()
             leaving.cancel()
