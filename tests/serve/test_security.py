@@ -40,7 +40,7 @@ def test_everything_but_health_asks_for_the_key(serving: Serving) -> None:
             {"authorization": f"Basic {KEY}"},
             {"authorization": "Bearer"},
         ):
-            answer = server.http.request(method, path.replace("{model}", "demo"), headers=headers)
+            answer = server.http.request(method, server.url + path.replace("{model}", "demo"), headers=headers)
             if path == "/health":
                 assert answer.status_code == 200
                 continue
