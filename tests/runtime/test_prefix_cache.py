@@ -303,3 +303,23 @@ def test_the_demo_model_says_the_same_in_any_traffic(demo: Path) -> None:
                 assert sequence.output_ids == expected[: sequence.num_output]
                 assert sequence.finish_reason == "abort" or sequence.output_ids == expected
         assert cancelled and engine.prefix_cache is not None and engine.prefix_cache.num_hits > 200
+
+
+def test_a_sequence_that_has_a_slot_runs_to_its_end() -> None:
+    """Why nothing is preempted: a slot has room for the longest sequence, so each runs every step until it ends by itself."""
+    engine = make_engine(slots=3, blocks=2)
+    requests = [engine.add(None, [i] * (1 + 5 * i), params(max_tokens=1000)) for i in range(9)]
+    decoding: dict[int, int] = {}  # sequences that decode, and how much they had said
+    while engine.has_work:
+        engine.step()
+        engine.check_integrity()
+        for sequence in (r.sequences[0] for r in requests):
+            if id(sequence) in decoding and sequence.finish_reason is None:
+                assert sequence.slot is not None and sequence.num_output == decoding[id(sequence)] + 1
+            if sequence.num_output and sequence.finish_reason is None:
+                decoding[id(sequence)] = sequence.num_output
+    reference = FakeBackend(1, LENGTH, VOCAB)
+    for request in requests:
+        [sequence] = request.sequences
+        assert (len(sequence.tokens), sequence.finish_reason) == (LENGTH, "length")
+        assert sequence.output_ids == reference.greedy(request.prompt_ids, LENGTH - request.num_prompt)
