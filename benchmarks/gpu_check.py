@@ -124,9 +124,11 @@ def main() -> None:
     parser.add_argument("--package", action="append", required=True, help="DTYPE=DIR, several times")
     parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/…]")
     args: argparse.Namespace = parser.parse_args()
+    import onnxruntime
     import torch
 
     started = {**machine(), "gpu": torch.cuda.get_device_name()}
+    started["versions"] |= {"onnxruntime": onnxruntime.__version__}  # the GPU's, whatever else is installed
     found: list[dict[str, Any]] = []
     for pair in args.package:
         dtype, _, folder = pair.partition("=")

@@ -152,6 +152,7 @@ def main() -> None:
         genai = str(args.genai) if args.genai else None
         prepared = preparing.request(do="prepare", package=str(args.package), genai=genai)
     started["gpu"], manifest, copy = prepared["gpu"], prepared["manifest"], prepared["copy_bytes_per_s"]
+    started["versions"].pop("onnxruntime", None)  # of the environment's CPU wheel, if any: engines say what they ran
     name = args.title or f"{manifest['name']}, {manifest['dtype']}"
     wanted: dict[str, dict[str, Any]] = {"llmx": {"engine": "llmx", "model": str(args.package)}}
     if args.genai:
