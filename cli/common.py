@@ -12,7 +12,7 @@ import click
 _ONNX = click.option(
     "--onnx", required=True, metavar="DIR_OR_HUB_ID", help="A package folder, or the hub id of a published package."
 )
-_DEVICE = click.option("--device", default="auto", show_default=True, help="auto or cpu (cuda is refused so far).")
+_DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 _MAX_LENGTH = click.option(
     "--max-length",
     type=int,

@@ -151,7 +151,9 @@ class DeviceBackend:
         top: CandidatesStep | None = None
         if temperatures is not None and bool((temperatures > 0).any()) and "candidates" in self._sessions:
             top = self._candidates_step(step.rows)
-            top.queue(np.pad(temperatures, (0, step.rows - count)), self._options)
+            asks = np.zeros(step.rows, np.float32)
+            asks[:count] = temperatures
+            top.queue(asks, self._options)
             self._memory.synchronize()
         else:
             self._memory.wait(mark)
