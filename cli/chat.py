@@ -37,19 +37,19 @@ def command(**options: Any) -> None:
     with load(options) as llm:
         first = opening(options)
         llm.chat_prompt([*first, {"role": "user", "content": "?"}], **arguments)  # no template: refused here
-        messages = list(first)
+        messages, session = list(first), llm.session()
         click.echo(_HELP, err=True)
         while (text := _ask()) is not None:
             if text == "/exit":
                 break
             if text == "/reset":
-                messages = list(first)
+                messages, session = list(first), llm.session()
                 continue
             if not text:
                 continue
             messages.append({"role": "user", "content": text})
             try:
-                messages.append(_answer(llm, messages, params, arguments))
+                messages.append(_answer(session, messages, params, arguments))
             except RequestError as error:
                 messages.pop()
                 click.echo(f"Error: {error} (/reset starts anew)", err=True)
@@ -64,13 +64,13 @@ def _ask() -> str | None:
         raise click.UsageError(f"Standard input cannot be read as text: {reason(error)}.") from None
 
 
-def _answer(llm: Any, messages: list[dict[str, Any]], params: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _answer(session: Any, messages: list[dict[str, Any]], params: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Stream the answer; Ctrl-C ends it and keeps what was said."""
     from llmx.runtime import ChatMessage
 
     message, pieces = ChatMessage(), None
     try:
-        pieces = llm.chat(messages, params, stream=True, **arguments)
+        pieces = session.chat(messages, params, stream=True, **arguments)
         show(_noted(pieces, message))
     except KeyboardInterrupt:
         if pieces is not None:

@@ -26,6 +26,7 @@ from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.perplexity import Perplexity
+from llmx.runtime.session import Session
 from llmx.runtime.speculation import Speculation
 from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.transcribe import Transcript
@@ -54,6 +55,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "Session",
     "Speculation",
     "StreamPiece",
     "StructuredOutputsParams",

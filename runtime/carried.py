@@ -188,6 +188,19 @@ class CarriedBackend:
     def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
         raise AssertionError("carried state is not kept")
 
+    def take_state(self, slot: int) -> list[Any]:
+        """The slot's state, shared: it is never written."""
+        return list(self._state[slot])
+
+    def give_state(self, slot: int, length: int, state: list[Any]) -> None:
+        """Make the slot hold a state that `take_state` returned, of `length` tokens."""
+        self._state[slot], self._lengths[slot] = list(state), length
+
+    def wrap_state(self, arrays: list[np.ndarray]) -> list[Any]:
+        """A state from its tensors' values, in the manifest's order."""
+        ort = import_onnxruntime()
+        return [ort_value(ort, np.ascontiguousarray(array)) for array in arrays]
+
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""
         self._sessions.clear()

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
@@ -29,6 +30,9 @@ from llmx.runtime.stopping import StopChecker
 from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
 from llmx.runtime.tracing import span
+
+if TYPE_CHECKING:
+    from llmx.runtime.session import Session
 
 
 class Engine:
@@ -70,6 +74,7 @@ class Engine:
         params: SamplingParams,
         emit: Callable[[StreamPiece], None] | None = None,
         source: np.ndarray | None = None,
+        session: Session | None = None,
     ) -> Request:
         """Queue a request (`params` resolved); `source` (checked) goes to an encoder-decoder's encoder. Raises RequestError or ContextLengthError at once where it cannot run."""
         self.check_ids(prompt_ids)
@@ -87,7 +92,9 @@ class Engine:
                 f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
                 "shorten the prompt or raise max_length."
             )
-        request = Request(f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source)
+        request = Request(
+            f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source, session=session
+        )
         context = prompt_ids if source is None else []  # a decoder's prompt is no text that the output goes on from
         for index in range(count):
             seed = None if params.seed is None else (params.seed + index) % 2**64
@@ -223,6 +230,9 @@ class Engine:
         assert sequence.slot is not None
         metrics = sequence.request.metrics
         metrics.scheduled = metrics.scheduled or time.perf_counter()
+        if sequence.request.session is not None and sequence.num_cached == 0:
+            metrics.num_cached_tokens = sequence.num_cached = sequence.request.session.restore(self.backend, sequence)
+            plan = self.scheduler.next_chunk(sequence)
         if cache is not None:
             metrics.num_cached_tokens = max(metrics.num_cached_tokens, cache.restore(sequence))
             plan = self.scheduler.next_chunk(sequence)
@@ -425,6 +435,8 @@ class Engine:
             else:
                 reason, stop_reason = "stop", sequence.stop.matched
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence.request.session is not None and sequence.slot is not None:
+            sequence.request.session.keep(self.backend, sequence)
         self.scheduler.drop(sequence)
         request = sequence.request
         if request.finished:

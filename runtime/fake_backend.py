@@ -115,5 +115,12 @@ class FakeBackend:
         for offset, token in enumerate(tokens):
             self._write(slot, start + offset, int(token))
 
+    def take_state(self, slot: int) -> list[np.ndarray]:
+        return [np.array(self._written[slot], np.int64)]
+
+    def give_state(self, slot: int, length: int, state: list[np.ndarray]) -> None:
+        assert length == len(state[0])
+        self._written[slot] = state[0].tolist()
+
     def close(self) -> None:
         self.closed = True

@@ -25,6 +25,7 @@ from llmx.runtime.params import SamplingParams
 from llmx.runtime.perplexity import Perplexity, sliding
 from llmx.runtime.prompts import Prompt, as_list, is_token
 from llmx.runtime.scheduler import Request
+from llmx.runtime.session import Session
 from llmx.runtime.speculation import Speculation
 from llmx.runtime.speculator import Speculator, open_speculator
 from llmx.runtime.tokenizer import Tokenizer
@@ -330,6 +331,20 @@ class LLM:
     def chat_ids(self, messages: Seq[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of `chat_prompt` (the template writes its special tokens itself)."""
         return self.chat_request(messages, **options).token_ids
+
+    def session(self, on_full: str = "stop", keep_first: int = 0) -> Session:
+        """A conversation that computes its past once: append, generate, chat, rewind, fork, save. docs/decoding.md.
+
+        `on_full`: where the context has no room for an answer, "stop" refuses it and "shift" forgets the oldest tokens
+        but the first `keep_first`. Raises FamilyError where the package does not continue texts.
+        """
+        return Session(self, on_full, keep_first)
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote. Raises RequestError for another package's or a damaged file,
+        ContextLengthError where this LLM's context is too short.
+        """
+        return Session.load(self, path)
 
     def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
         """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.

@@ -105,7 +105,8 @@ class PrefixCache:
 
     @staticmethod
     def _serves(request: Request) -> bool:
-        return request.source is None and request.params.prompt_logprobs is None
+        # a session's past was made by decode steps
+        return request.source is None and request.session is None and request.params.prompt_logprobs is None
 
     def _keys(self, request: Request) -> list[bytes]:
         """A key for each whole block before the prompt's last token: a hash of the tokens from the beginning on.

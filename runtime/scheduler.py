@@ -83,6 +83,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     block_keys: list[bytes] | None = None  # names of the prompt's blocks in the prefix cache, once asked for
     prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
+    session: Any = None  # the Session that it continues
     beams: Any = None  # a BeamGroup: the sequences are its beams until it is done, then its best outputs
 
     @property
