@@ -34,7 +34,7 @@ from llmx.runtime.units import human_bytes
     help="Store weights block-wise in 8 or 4 bits (docs/quantization.md).",
 )
 @click.option(
-    "--quantize-block-size", type=int, help="Values that share a scale: 16, 32, 64, 128 or 256 [default: 32]."
+    "--quantize-block-size", type=int, help="Values that share a scale: 16, 32, 64, 128 or 256 [default: 64]."
 )
 @click.option("--quantize-asymmetric", is_flag=True, help="Give each block a zero point: finer, and slightly larger.")
 @click.option(
@@ -47,6 +47,16 @@ from llmx.runtime.units import human_bytes
     multiple=True,
     metavar="PATTERN",
     help="Leave modules of this name as they are, e.g. *.o_proj.",
+)
+@click.option(
+    "--quantize-method",
+    type=click.Choice(["rtn", "gptq"]),
+    help="Round to nearest, or so that layers' outputs on a calibration text change least [default: rtn].",
+)
+@click.option(
+    "--calibration-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="UTF-8 text for gptq [default: text that the model writes].",
 )
 @click.option(
     "--quality-file",
@@ -159,6 +169,8 @@ def _quantization(options: dict[str, Any]) -> Any:
         "symmetric": False if options.pop("quantize_asymmetric") else None,
         "head": options.pop("quantize_head"),
         "exclude": options.pop("quantize_exclude") or None,
+        "method": options.pop("quantize_method"),
+        "calibration_file": options.pop("calibration_file"),
         "quality_file": options.pop("quality_file"),
     }
     given = {name: value for name, value in given.items() if value is not None}
@@ -180,6 +192,7 @@ def _need_torch() -> None:
 
 _TITLES = {
     "load": "Reading the checkpoint",
+    "calibrate": "Calibrating",
     "trace": "Tracing",
     "rewrite": "Rewriting graphs",
     "write": "Writing weights",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmx.export.packed_checkpoints import PackedFormat, read_format
 from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 from llmx.runtime.hub import download, looks_like_hub_id
 
@@ -36,6 +37,7 @@ class Checkpoint:
     config: Any  # transformers.PreTrainedConfig
     trust_remote_code: bool = False
     task: str = "generate"
+    packed: PackedFormat | None = None  # how its weights are quantized already
 
     @property
     def auto_class(self) -> Any:
@@ -74,9 +76,9 @@ def open_checkpoint(
         kind = "folder" if folder.is_dir() else "file"
         raise CheckpointError(f"{model} is not a Hugging Face checkpoint: the {kind} has no config.json.")
     config = _read_config(folder, model, trust_remote_code)
-    _check_config(config, model)
+    packed = _packed_format(config, model)
     _check_weights(folder, model)
-    return Checkpoint(folder, name, commit, config, trust_remote_code, _task(config, folder, model, task))
+    return Checkpoint(folder, name, commit, config, trust_remote_code, _task(config, folder, model, task), packed)
 
 
 def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
@@ -103,12 +105,17 @@ def _read_config(folder: Path, model: str, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"transformers cannot read the config of {model}: {str(error).splitlines()[0]}") from None
 
 
-def _check_config(config: Any, model: str) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        method = dict(config.quantization_config).get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{model} is already quantized ({method}), which llmx does not read yet; export the original checkpoint instead."
-        )
+def _packed_format(config: Any, model: str) -> PackedFormat | None:
+    """How the checkpoint is quantized already, if it is; taken out of `config`, so that plain layers are built from it.
+
+    Raises UnsupportedModelError for a format that llmx does not read.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    packed = read_format(dict(found) if isinstance(found, dict) else found.to_dict(), model)
+    del config.quantization_config
+    return packed
 
 
 def _task(config: Any, folder: Path, model: str, wanted: str) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from llmx.export.blocks import Blocks, Scheme, unpacked
+from llmx.export.experts import from_operator, to_operator
 from llmx.export.quantized_graph import PREFIX
 from llmx.runtime.errors import VerificationError
 from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, Manifest
@@ -30,7 +31,8 @@ from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, Manifest
 #: a calibrated method twice that; a wrong matrix about 1.4.
 _LARGEST_ERROR = {8: 0.05, 4: 0.4}
 _ROWS = 1 << 22  # values unpacked at once
-_INPUTS = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}  # codes, scales, zero points
+#: Codes, scales and zero points among a node's inputs.
+_INPUTS = {"MatMulNBits": [(1, 2, 3)], "GatherBlockQuantized": [(0, 2, 3)], "QMoE": [(2, 3, 11), (5, 6, 12)]}
 
 
 @dataclass(frozen=True)
@@ -39,40 +41,38 @@ class StoredMatrix:
 
     scheme: Scheme
     shape: tuple[int, int]
-    codes: np.ndarray
+    codes: np.ndarray  # [rows, bytes]; scales and zero points alike
     scales: np.ndarray
     zero_points: np.ndarray | None
 
-    def rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, float32 [n, columns]), a few rows after the other."""
-        rows, columns = self.shape
+    def rows(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(offset from `first`, float32 [n, columns]) of `count` rows (None: all), a few after the other."""
+        columns = self.shape[1]
+        end = self.shape[0] if count is None else first + count
         step = max(1, _ROWS // columns)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-
-            def part(array: np.ndarray, start: int = start, count: int = count) -> torch.Tensor:
-                return torch.from_numpy(array[start : start + count].reshape(count, -1).copy())
-
-            codes = unpacked(part(self.codes), self.scheme.bits, columns)
-            zeros = self.zero_points
-            unpacked_zeros = (
-                None if zeros is None else unpacked(part(zeros), self.scheme.bits, self.scheme.blocks(columns))
-            )
-            scales = part(self.scales.astype(np.float32))
-            yield start, Blocks(self.scheme, codes, scales, unpacked_zeros).dequantized()
+        for start in range(first, end, step):
+            part = slice(start, min(start + step, end))
+            codes = unpacked(torch.from_numpy(self.codes[part].copy()), self.scheme.bits, columns)
+            scales = torch.from_numpy(self.scales[part].astype(np.float32))
+            zeros = None
+            if self.zero_points is not None:
+                packed = torch.from_numpy(self.zero_points[part].copy())
+                zeros = unpacked(packed, self.scheme.bits, self.scheme.blocks(columns))
+            yield start - first, Blocks(self.scheme, codes, scales, zeros).dequantized()
 
 
 def quantized_matrices(folder: Path, manifest: Manifest) -> dict[str, StoredMatrix]:
-    """Every matrix that a graph of the package reads quantized, by its parameter's name."""
+    """Every matrix that a graph of the package reads quantized, by its parameter's name; by the names of all, joined by `+`,
+    where it is several below each other.
+    """
     found: dict[str, StoredMatrix] = {}
     for graph in manifest.graphs.values():
         for node in ir.load(folder / graph.file).graph:
-            if node.op_type in _INPUTS:
-                codes, scales, zero_points = (
-                    node.inputs[i] if i < len(node.inputs) else None for i in _INPUTS[node.op_type]
-                )
+            for places in _INPUTS.get(node.op_type, ()):
+                codes, scales, zero_points = (node.inputs[i] if i < len(node.inputs) else None for i in places)
                 assert codes is not None and codes.name is not None
-                name = codes.name.removeprefix(PREFIX).rpartition(".")[0]
+                names = codes.name.rpartition(".")[0].split("+")
+                name = "+".join(part.removeprefix(PREFIX) for part in names)
                 found.setdefault(name, _stored(node, _array(codes), _array(scales), _array(zero_points)))
     return found
 
@@ -81,10 +81,14 @@ def _stored(
     node: ir.Node, codes: np.ndarray | None, scales: np.ndarray | None, zeros: np.ndarray | None
 ) -> StoredMatrix:
     assert codes is not None and scales is not None
-    scheme = Scheme(node.attributes["bits"].as_int(), node.attributes["block_size"].as_int(), zeros is None)
+    bits = node.attributes["expert_weight_bits" if node.op_type == "QMoE" else "bits"].as_int()
+    scheme = Scheme(bits, node.attributes["block_size"].as_int(), zeros is None)
+    rows = int(np.prod(codes.shape[: 2 if node.op_type == "QMoE" else 1]))
     given = node.attributes.get("K")
-    columns = given.as_int() if given is not None else codes.shape[1] * 8 // scheme.bits
-    return StoredMatrix(scheme, (codes.shape[0], columns), codes, scales, zeros)
+    columns = given.as_int() if given is not None else codes.shape[-1] * 8 // bits
+    flat = [array.reshape(rows, -1) if array is not None else None for array in (codes, scales, zeros)]
+    assert flat[0] is not None and flat[1] is not None
+    return StoredMatrix(scheme, (rows, columns), flat[0], flat[1], flat[2])
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
@@ -96,28 +100,50 @@ def use_package_weights(model: Any, matrices: dict[str, StoredMatrix], check: bo
 
     Raises VerificationError where a matrix is not the model's, rounded (`check`).
     """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    owners = {
+        f"{name}.{part}": module
+        for name, module in model.named_modules()
+        for part, _ in module.named_parameters(recurse=False)
+    }
+    for joined, matrix in matrices.items():
+        names = joined.split("+")
+        first = 0
+        for name in names:
+            error = _overwrite(owners[name], name.rpartition(".")[2], parameters[name].data, matrix, first)
+            first += parameters[name].numel() // matrix.shape[1]
+            bits = matrix.scheme.bits
+            if check and not error <= _LARGEST_ERROR[bits]:
+                raise VerificationError(
+                    f"The quantized {name} is not its source rounded to {bits} bits: they lie {error:.2g} of its norm apart "
+                    f"(at most {_LARGEST_ERROR[bits]:g} is rounding)."
+                )
+        if first != matrix.shape[0]:
+            raise VerificationError(f"{joined} has {first} rows in PyTorch and {matrix.shape[0]} in the package.")
+
+
+def _overwrite(owner: Any, part: str, target: torch.Tensor, matrix: StoredMatrix, first: int) -> float:
+    """Replace parameter `part` of module `owner` by the matrix' rows from `first` on; how far the two lay apart, as a part of
+    the old one's norm.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    for name, matrix in matrices.items():
-        bits = matrix.scheme.bits
-        target = parameters[name].data.T if name in turned else parameters[name].data
-        if tuple(target.shape) != matrix.shape:
-            raise VerificationError(
-                f"{name} is {list(target.shape)} in PyTorch and {list(matrix.shape)} in the package."
-            )
-        difference = norm = 0.0
-        for start, rows in matrix.rows():
-            old = target[start : start + len(rows)]
-            difference += float((old - rows).double().square().sum())
-            norm += float(old.double().square().sum())
-            old.copy_(rows)
-        if check and not difference <= _LARGEST_ERROR[bits] ** 2 * norm:
-            raise VerificationError(
-                f"The quantized {name} is not its source rounded to {bits} bits: they lie "
-                f"{(difference / max(norm, 1e-30)) ** 0.5:.2g} of its norm apart (at most {_LARGEST_ERROR[bits]:g} is rounding)."
-            )
+    if target.ndim == 3:
+        whole = torch.cat([rows for _, rows in matrix.rows(first, target.numel() // matrix.shape[1])])
+        in_operator = to_operator(owner, part, target)
+        whole = from_operator(owner, part, whole.view(in_operator.shape))
+        pieces = [(target, whole)]
+    else:
+        turned = target.T if isinstance(owner, Conv1D) else target
+        if turned.shape[1] != matrix.shape[1]:
+            return float("inf")
+        pieces = ((turned[at : at + len(rows)], rows) for at, rows in matrix.rows(first, len(turned)))  # type: ignore[assignment]
+    difference = norm = 0.0
+    for old, new in pieces:
+        difference += float((old - new).double().square().sum())
+        norm += float(old.double().square().sum())
+        old.copy_(new)
+    return float((difference / max(norm, 1e-30)) ** 0.5)
 
 
 @contextmanager
@@ -133,9 +159,11 @@ def exact_copy(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifes
                 _link(folder / name, copy / name)
         for graph in manifest.graphs.values():
             model = ir.load(folder / graph.file)
-            for node in model.graph:
-                if node.op_type == "MatMulNBits":
+            for node in list(model.graph):
+                if node.op_type in ("MatMulNBits", "QMoE"):
                     node.attributes.pop("accuracy_level", None)
+                if node.op_type == "QMoE" and node.attributes["expert_weight_bits"].as_int() == 8:
+                    _without_int8_activations(model, node)
             for value in model.graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     value.const_value.base_dir = copy
@@ -145,6 +173,36 @@ def exact_copy(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifes
         exact = replace(manifest, files=files)
         (copy / MANIFEST_FILE).write_text(exact.to_json(), encoding="utf-8")
         yield copy, exact
+
+
+def _without_int8_activations(model: ir.Model, node: ir.Node) -> None:
+    """A QMoE of 8 bits, which rounds activations at every accuracy level, as a MoE of dequantized experts."""
+    size = node.attributes["block_size"].as_int()
+    weights = []
+    for places in _INPUTS["QMoE"]:
+        codes, scales, zeros = (node.inputs[i] if i < len(node.inputs) else None for i in places)
+        middle = ir.tensor(np.full(scales.const_value.shape.numpy(), 128, np.uint8), name=f"{codes.name}.middle")  # type: ignore[union-attr]
+        if zeros is None:
+            zeros = ir.Value(name=middle.name, const_value=middle, shape=middle.shape, type=ir.TensorType(middle.dtype))
+            model.graph.register_initializer(zeros)
+        linear = ir.node("DequantizeLinear", [codes, scales, zeros], {"axis": 2, "block_size": size})
+        model.graph.insert_before(node, linear)
+        weights.append(linear.outputs[0])
+    kept = {"k", "activation_type", "swiglu_fusion", "normalize_routing_weights", "activation_alpha", "activation_beta"}
+    attributes = [a for name, a in node.attributes.items() if name in kept | {"swiglu_limit"}]
+    inputs = [
+        *node.inputs[:2],
+        weights[0],
+        node.inputs[4],
+        weights[1],
+        node.inputs[7] if len(node.inputs) > 7 else None,
+    ]
+    plain = ir.Node("com.microsoft", "MoE", inputs, attributes, num_outputs=1)
+    model.graph.insert_before(node, plain)
+    plain.outputs[0].name, old = node.outputs[0].name, node.outputs[0]
+    plain.outputs[0].type, plain.outputs[0].shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, plain.outputs[0], replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
 
 
 @contextmanager

@@ -79,6 +79,60 @@ class PackedQkv(InPlacePass):
         return True
 
 
+class PackedPair(InPlacePass):
+    """Two linear layers of one input and equal width (gate and up of a gated activation) become one product and a `Split`.
+
+    One larger product has less to start and hand over than two.
+    Weights and biases are packed as `PackedQkv`'s. Left alone: inputs that more layers read, or layers of several widths.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        readers: dict[ir.Value, list[ir.Node]] = {}
+        for node in model.graph:
+            if node.op_type == "FusedMatMul" and node.inputs[0] is not None and _linear(node.outputs[0]) is not None:
+                readers.setdefault(node.inputs[0], []).append(node)
+        modified = False
+        for nodes in readers.values():
+            if len(nodes) == 2:
+                modified |= self._pack(model, nodes)
+        return PassResult(model, modified=modified)
+
+    def _pack(self, model: ir.Model, products: list[ir.Node]) -> bool:
+        ends = [_with_bias(product) for product in products]
+        layers = [_linear(end) for end in ends]
+        weights = [product.inputs[1] for product in products]
+        biases = [layer[1] for layer in layers if layer is not None and layer[1] is not None]
+        if any(end.dtype is None for end in ends) or len(biases) not in (0, 2):
+            return False
+        if not all(map(_own_parameter, [*weights, *biases])):
+            return False
+        shapes = [list(value.shape.numpy()) for value in weights if value is not None and value.shape is not None]
+        if len(shapes) != 2 or shapes[0] != shapes[1]:
+            return False
+        product = ir.node(
+            "FusedMatMul", [products[0].inputs[0], packed_parameter(model, weights)], {"transB": 1}, domain=MICROSOFT
+        )
+        nodes = [product]
+        if biases:
+            nodes.append(ir.node("Add", [product.outputs[0], packed_parameter(model, biases)]))
+        split = ir.node("Split", [nodes[-1].outputs[0]], {"axis": -1, "num_outputs": 2}, num_outputs=2)
+        for node in nodes:
+            node.outputs[0].type = ends[0].type
+        # The first of the two layers: whatever reads either comes after it, and what both read before.
+        first = next(node for node in model.graph if node in products)
+        model.graph.insert_before(first, [*nodes, split])
+        for old, new in zip(ends, split.outputs, strict=True):
+            new.type, new.shape = old.type, old.shape
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        return True
+
+
+def _with_bias(product: ir.Node) -> ir.Value:
+    """The layer's output: the product's, or its sum with a stored vector where nothing else reads the product."""
+    add = only_user(product.outputs[0], "Add")
+    return add.outputs[0] if add is not None and _linear(add.outputs[0]) is not None else product.outputs[0]
+
+
 class QuickSilu(InPlacePass):
     """`x * Sigmoid(x)` becomes `QuickGelu(x)` with alpha 1: one pass over the data instead of two."""
 

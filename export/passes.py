@@ -14,7 +14,7 @@ import onnx_ir as ir
 from llmx.export.feedback import Feedback, GreedyTokens
 from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
 from llmx.export.packed import is_parameter
-from llmx.export.packing import PackedQkv, QuickSilu, StraightHeads
+from llmx.export.packing import PackedPair, PackedQkv, QuickSilu, StraightHeads
 from llmx.export.targets import Target
 from llmx.export.trace import GATHER_POSITIONS, HIDDEN
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
@@ -235,7 +235,8 @@ def common_passes(context_length: int, target: Target) -> list[ir.passes.PassBas
         SkipRmsNorm(),
         RotaryInAttention(context_length),
         StraightHeads(),
-        *([PackedQkv(), QuickSilu()] if target.on_device else []),
+        PackedQkv(),
+        *([QuickSilu()] if target.on_device else [PackedPair()]),  # onnxruntime fuses the activation by itself on a CPU
         Bfloat16InFloat32(),
         RemoveUnusedNodesPass(),
     ]

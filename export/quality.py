@@ -14,20 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmx.export.checkpoint import Checkpoint
 from llmx.export.dequantized import StoredMatrix, use_package_weights
 from llmx.export.differences import Differences
 from llmx.export.lowering import quiet
 from llmx.export.perplexity import perplexity
 from llmx.export.quantization import read_text
 from llmx.export.rope import untouched
+from llmx.export.tokenizer import load_tokenizer
 from llmx.runtime.backend import Backend
 from llmx.runtime.errors import ExportError, VerificationError
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.tokenizer import Tokenizer
 
-#: Largest logit difference that rounding activations to int8 may make, as a part of the largest logit.
+#: Logit difference that rounding activations to int8 may make at most positions, as a part of the largest logit. Not at all: where
+#: it makes another expert the better one, or a token another neighbour's, a position differs by as much as two texts do.
 COMPUTE_TOLERANCE = 0.1
 _ROWS, _TOKENS = 4, 64  # of the text that the model writes
+_CALIBRATION = (32, 128)  # rows and tokens of what it writes to calibrate on
+_CALIBRATION_PIECES = (32, 256)  # and of pieces of a given text
 _CHUNK = 192
 _LONGEST = 1024  # tokens of a given text
 
@@ -38,13 +43,13 @@ def decoder_quality(
     """KL(source ‖ package) in nats, agreement of best tokens and both perplexities on `texts` (int64 [n] each).
 
     `model`, the source in float32, is left with the package's `matrices`. Raises VerificationError where the package differs from
-    PyTorch with those by more than `COMPUTE_TOLERANCE`.
+    PyTorch with those by more than `COMPUTE_TOLERANCE` at half of the positions.
     """
     llm = SimpleNamespace(backend=backend, prefill_chunk=_CHUNK, max_length=backend.max_length)
     whole, pytorch, onnx = _compare(llm, model, texts, math.inf)
     use_package_weights(model, matrices)
     compute, _, _ = _compare(llm, model, texts, COMPUTE_TOLERANCE)
-    if compute.first is not None:
+    if compute.first is not None and compute.failed > compute.positions / 2:
         raise VerificationError(
             f"ONNX and PyTorch with the same quantized weights disagree by more than int8 activations explain: {compute.first.sentence}."
         )
@@ -81,27 +86,46 @@ def read_ids(folder: Path, manifest: Manifest, file: Path) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-def written_by(model: Any, max_length: int) -> list[np.ndarray]:
-    """Texts int64 [n] that `model` draws from its start token (or from some token), the same each time."""
+def calibration_ids(model: Any, checkpoint: Checkpoint, file: Path | None) -> torch.Tensor:
+    """int64 [rows, length] tokens to calibrate on: of a text file, cut into pieces, or what `model` writes.
+
+    Raises ExportError where the text is too short for one piece.
+    """
+    if file is None:
+        return torch.from_numpy(np.stack(written_by(model, _CALIBRATION[1] + 1, *_CALIBRATION, seed=1)))
+    rows, length = _CALIBRATION_PIECES
+    with quiet():
+        ids = load_tokenizer(checkpoint)(read_text(file), add_special_tokens=False)["input_ids"]
+    rows = min(rows, len(ids) // length)
+    if not rows:
+        raise ExportError(f"{file} has {len(ids)} tokens, and calibrating needs {length}; give a longer text.")
+    starts = np.linspace(0, len(ids) - length, rows).astype(int)
+    return torch.tensor([ids[start : start + length] for start in starts])
+
+
+def written_by(
+    model: Any, max_length: int, rows: int = _ROWS, tokens: int = _TOKENS, seed: int = 0
+) -> list[np.ndarray]:
+    """Texts int64 [n] that `model` draws from its start token (or from some token), the same for each seed."""
     from transformers import GenerationConfig
 
     start = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     vocab = model.get_input_embeddings().weight.shape[0]
     first = (
-        torch.full((_ROWS, 1), start)
+        torch.full((rows, 1), start)
         if isinstance(start, int) and start < vocab
-        else torch.randint(0, vocab, (_ROWS, 1), generator=random)
+        else torch.randint(0, vocab, (rows, 1), generator=random)
     )
-    count = max(1, min(_TOKENS, max_length - 1))
+    count = max(1, min(tokens, max_length - 1))
     config = GenerationConfig(
         do_sample=True, top_k=0, temperature=1.0, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
     )
     with torch.no_grad(), quiet(), untouched(model), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         original, model.generation_config = model.generation_config, config
         try:
-            rows = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
+            drawn = model.generate(first, attention_mask=torch.ones_like(first), generation_config=config)
         finally:
             model.generation_config = original
-    return [row.numpy() for row in rows]
+    return [row.numpy() for row in drawn]

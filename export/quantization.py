@@ -7,6 +7,8 @@ it is stored as it is.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from llmx.export.blocks import Blocks, Scheme, round_to_nearest
+from llmx.export.experts import is_operator
+from llmx.export.packed_checkpoints import PackedFormat, PackedTensor
 from llmx.export.weights import SourceModel, as_bytes
 from llmx.runtime.errors import ExportError
 
@@ -25,15 +29,18 @@ _FEWEST_ROWS = 16  # outputs; fewer are gates, of no weight
 @dataclass(frozen=True)
 class QuantizationOptions:
     """`weights` and `head` ("int8" | "int4"; `head` also "none"): of the layers' matrices, and of the output head and the
-    embedding. `exclude`: patterns of module names that stay as they are. `quality_file`: text on which to measure what
-    quantization costs (None: text that the model writes).
+    embedding. `exclude`: patterns of module names that stay as they are. `method`: "rtn" rounds to nearest, "gptq" for the
+    inputs that `calibration_file` gives rise to. `quality_file`: text on which to measure what quantization costs. Both
+    default to text that the model writes.
     """
 
     weights: str
-    block_size: int = 32
+    block_size: int = 64
     symmetric: bool = True
     head: str = "int8"
     exclude: tuple[str, ...] = ()
+    method: str = "rtn"
+    calibration_file: Path | None = None
     quality_file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -41,8 +48,11 @@ class QuantizationOptions:
             raise ExportError(f"--quantize takes {' or '.join(BITS)}, --quantize-head also none.")
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ExportError(f"--quantize-block-size is 16, 32, 64, 128 or 256, and not {self.block_size}.")
-        if self.quality_file is not None:
-            read_text(self.quality_file)  # before an hour of work rather than after it
+        if self.method not in ("rtn", "gptq"):
+            raise ExportError(f"--quantize-method is rtn or gptq, and not {self.method}.")
+        for file in (self.calibration_file, self.quality_file):
+            if file is not None:
+                read_text(file)  # before an hour of work rather than after it
 
     @property
     def scheme(self) -> Scheme:
@@ -155,43 +165,65 @@ class _SideBySide(QuantizedWeight):
         return None if self.scheme.symmetric else "\n".join(str(weight.zero_points) for weight in self.members)
 
 
-def plan_quantization(source: SourceModel, options: QuantizationOptions) -> Plan:
-    """Every matrix of `source` to quantize, rounded to nearest, by the name that it is stored under."""
+def plan_quantization(source: SourceModel, options: QuantizationOptions | None) -> Plan:
+    """Every matrix of `source` that is stored quantized, by the name that it is stored under: what the checkpoint holds so
+    already, unchanged, and what `options` name, rounded to nearest.
+    """
     plan: Plan = {}
-    for name, parameter, scheme, transposed in matrices(source, options):
-        rows, columns = parameter.shape[::-1] if transposed else parameter.shape
-
-        def blocks(
-            name: str = name,
-            parameter: torch.Tensor = parameter,
-            scheme: Scheme = scheme,
-            transposed: bool = transposed,
-        ) -> Iterator[Blocks]:
-            for piece in source.rows(name, parameter, transposed):
-                yield round_to_nearest(piece, scheme, parameter.dtype)
-
-        plan[name] = QuantizedWeight(name, scheme, (rows, columns), parameter.dtype, blocks, transposed)
-    if not plan:
+    parameters = dict(source.module.named_parameters())
+    for name, tensor in source.stored.items():
+        if isinstance(tensor, PackedTensor):
+            held = functools.partial(_held, tensor)
+            plan[name] = QuantizedWeight(name, tensor.scheme, tensor.shape, parameters[name].dtype, held)
+    for name, parameter, scheme, transposed in matrices(source, options) if options is not None else ():
+        if name in plan:
+            continue
+        rows, columns = parameter.shape[::-1] if transposed else (parameter[..., 0].numel(), parameter.shape[-1])
+        read = functools.partial(_rounded, source, name, parameter, scheme, transposed)
+        plan[name] = QuantizedWeight(name, scheme, (rows, columns), parameter.dtype, read, transposed)
+    if not plan and options is not None:
         raise ExportError(
             "The model has no matrix to quantize (linear layers, output head, embedding); leave --quantize out."
         )
     return plan
 
 
+def _held(tensor: PackedTensor) -> Iterator[Blocks]:
+    yield tensor.blocks()
+
+
+def _rounded(
+    source: SourceModel, name: str, parameter: torch.Tensor, scheme: Scheme, transposed: bool
+) -> Iterator[Blocks]:
+    for piece in source.rows(name, parameter, transposed):
+        yield round_to_nearest(piece, scheme, parameter.dtype)
+
+
 def describe_quantization(
-    weights: list[QuantizedWeight], source: SourceModel, options: QuantizationOptions | None
+    weights: list[QuantizedWeight],
+    source: SourceModel,
+    options: QuantizationOptions | None,
+    packed: PackedFormat | None,
 ) -> dict[str, Any] | None:
-    """The manifest's entry: what was done to how many of the model's values."""
-    if options is None:
+    """The manifest's entry: what was done to how many of the model's values. The layers' scheme, where they have several, is
+    that of most values.
+    """
+    if not weights:
         return None
     ends = {id(module.weight) for module in _ends(source.module)}
     parameters = dict(source.module.named_parameters())
     head = [weight.scheme.bits for weight in weights if id(parameters[weight.name]) in ends]
+    sizes: Counter[Scheme] = Counter()
+    for weight in weights:
+        if id(parameters[weight.name]) not in ends or len(weights) == len(head):
+            sizes[weight.scheme] += weight.shape[0] * weight.shape[1]
+    [(scheme, _)] = sizes.most_common(1)
+    methods = {"rtn": "round-to-nearest", "gptq": "gptq"}
     return {
-        "method": "round-to-nearest",
-        "bits": BITS[options.weights],
-        "block_size": options.block_size,
-        "symmetric": options.symmetric,
+        "method": f"{packed.method} (checkpoint)" if packed else methods[options.method if options else "rtn"],
+        "bits": scheme.bits,
+        "block_size": scheme.block_size,
+        "symmetric": scheme.symmetric,
         "head_bits": max(head, default=None),
         "matrices": len(weights),
         "parameters": sum(weight.shape[0] * weight.shape[1] for weight in weights),
@@ -228,6 +260,19 @@ def matrices(
             continue
         seen.add(found[0])
         yield *found, scheme, transposed
+    for module_name, module in source.module.named_modules():
+        if is_operator(module) and not any(fnmatch(module_name, pattern) for pattern in options.exclude):
+            yield from _experts(stored, module_name, module, options.scheme)
+
+
+def _experts(
+    stored: dict[str, tuple[str, torch.nn.Parameter]], module_name: str, module: Any, scheme: Scheme
+) -> Iterator[tuple[str, torch.nn.Parameter, Scheme, bool]]:
+    """A layer's stacked experts, where blocks divide both of their matrices (QMoE has no padding)."""
+    found = [stored[f"{module_name}.{part}"] for part in ("gate_up_proj", "down_proj")]
+    if all(parameter.shape[-1] % scheme.block_size == 0 for _, parameter in found):
+        for name, parameter in found:
+            yield name, parameter, scheme, False
 
 
 def _ends(module: Any) -> list[torch.nn.Module]:

@@ -32,6 +32,9 @@ class QuantizedMatrices(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         modified = False
         for node in list(model.graph):
+            if (node.domain, node.op_type) == (MICROSOFT, "MoE"):
+                modified |= self._experts(model, node)
+                continue
             for value in node.inputs:
                 names = self.names.get(value.name or "", []) if value is not None and value.is_initializer() else []
                 weight = side_by_side([self.plan.get(name) for name in names])
@@ -78,6 +81,37 @@ class QuantizedMatrices(InPlacePass):
         last = add if add is not None else node
         model.graph.insert_before(last, fused)
         _replace(model, [last, *([node] if add is not None else [])], fused)
+
+    def _experts(self, model: ir.Model, node: ir.Node) -> bool:
+        """A MoE whose matrices are both planned becomes a QMoE."""
+        values = [node.inputs[2], node.inputs[4]]
+        weights = [
+            self.plan.get(names[0]) if len(names) == 1 else None
+            for names in (self.names.get(value.name or "", []) if value is not None else [] for value in values)
+        ]
+        if weights[0] is None or weights[1] is None or weights[0].scheme != weights[1].scheme:
+            return False
+        parts = []
+        for value, weight in zip(values, weights, strict=True):
+            assert value is not None and weight is not None and value.shape is not None
+            shape = [int(value.shape[0]), int(value.shape[1])]
+            parts.append(
+                _parts(model, value, weight, [*shape, weight.scheme.row_bytes(weight.shape[1])], leading=shape)
+            )
+            self.used.add(weight.name)
+        scheme = weights[0].scheme
+        bits = {"expert_weight_bits": scheme.bits, "block_size": scheme.block_size}
+        added = [ir.AttrInt64(name, number) for name, number in bits.items()]
+        if self.accuracy_level:
+            added.append(ir.AttrInt64("accuracy_level", self.accuracy_level))
+        biases = [node.inputs[3], node.inputs[5] if len(node.inputs) > 5 else None]
+        inputs = [*node.inputs[:2], *parts[0][:2], biases[0], *parts[1][:2], biases[1]]
+        if weights[0].zero_points is not None:
+            inputs += [None, None, None, parts[0][2], parts[1][2]]
+        fused = ir.Node(MICROSOFT, "QMoE", inputs, [*node.attributes.values(), *added], num_outputs=1)
+        model.graph.insert_before(node, fused)
+        _replace(model, [node], fused)
+        return True
 
     def _lookup(self, model: ir.Model, node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> None:
         codes, scales, *zero_points = _parts(
@@ -155,20 +189,26 @@ def _bias(product: ir.Value, rows: int) -> tuple[ir.Node | None, ir.Value | None
 
 
 def _parts(
-    model: ir.Model, value: ir.Value, weight: QuantizedWeight, codes_shape: list[int], kind: str = "codes"
+    model: ir.Model,
+    value: ir.Value,
+    weight: QuantizedWeight,
+    codes_shape: list[int],
+    kind: str = "codes",
+    leading: list[int] | None = None,
 ) -> list[ir.Value]:
     """Codes, scales and, where the scheme has them, zero points of `weight` as initializers; codes of both kinds are one
-    range of the weights file, seen with two shapes.
+    range of the weights file, seen with two shapes. `leading`: what stands for the rows in the shapes.
     """
     assert value.dtype is not None
     rows, columns = weight.shape
     scheme = weight.scheme
+    leading = leading or [rows]
     wanted = [
         (f"{value.name}.{kind}", weight.codes, codes_shape, ir.DataType.UINT8),
-        (f"{value.name}.scales", weight.scales, [rows, scheme.blocks(columns)], value.dtype),
+        (f"{value.name}.scales", weight.scales, [*leading, scheme.blocks(columns)], value.dtype),
     ]
     if weight.zero_points is not None:
-        shape = [rows, scheme.zero_point_bytes(columns)]
+        shape = [*leading, scheme.zero_point_bytes(columns)]
         wanted.append((f"{value.name}.zero_points", weight.zero_points, shape, ir.DataType.UINT8))
     values = []
     for name, key, shape, dtype in wanted:

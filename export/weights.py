@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from llmx.export.attention import IMPLEMENTATION
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
+from llmx.export.packed_checkpoints import find_packed
 from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 
 _DTYPES = {
@@ -117,12 +118,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+class Stored(Protocol):
+    """Where a parameter's values lie."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self) -> Iterator[torch.Tensor]: ...
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[bytearray | memoryview]: ...
+
+
 @dataclass
 class SourceModel:
     """A model ready to trace, and where each of its parameters' values come from (by name)."""
 
     module: torch.nn.Module
-    stored: dict[str, StoredTensor]  # empty: the module holds its values
+    stored: dict[str, Stored]  # empty: the module holds its values
 
     def chunks(self, name: str, tensor: torch.Tensor) -> Iterator[bytearray | memoryview]:
         """Bytes of parameter `name` in its own dtype."""
@@ -163,9 +175,11 @@ def build_source(
     """Build the model for tracing with the implementation `attention` (None: what transformers chooses), weights bound to
     the checkpoint where they can be, else loaded.
     """
-    if adapter is None:
+    if adapter is None or checkpoint.packed is not None:
         module = _build_empty(checkpoint, dtype, attention)
         stored = _bind(module, checkpoint, dtype)
+        if checkpoint.packed is not None:
+            _check_packed(checkpoint, adapter, stored)
         if stored is not None:
             return SourceModel(module, stored)
         del module
@@ -195,7 +209,21 @@ def static_experts(module: Any) -> None:
         module.set_experts_implementation("batched_mm")
 
 
-def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, StoredTensor] | None:
+def _check_packed(checkpoint: Checkpoint, adapter: Path | None, stored: dict[str, Stored] | None) -> None:
+    """Raises UnsupportedModelError where a checkpoint that is quantized already would have to be loaded by transformers."""
+    if adapter is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is already quantized, and an adapter is merged into weights as they were; export the original "
+            "checkpoint with --adapter and --quantize."
+        )
+    if stored is None:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is already quantized, and its tensors do not belong to the model's layers one to one; export "
+            "the original checkpoint, with --quantize."
+        )
+
+
+def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Stored] | None:
     """Parameter name -> checkpoint tensor, or None where the checkpoint must be loaded by transformers."""
     from transformers.conversion_mapping import WeightConverter, get_model_conversion_mapping
 
@@ -205,10 +233,12 @@ def _bind(module: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, 
         return None
     found = read_index(checkpoint.path)
     prefix = module.base_model_prefix + "."
-    bound: dict[str, StoredTensor] = {}
+    bound: dict[str, Stored] = {}
     for name, parameter in module.named_parameters():
         candidates = [name, name.removeprefix(prefix), prefix + name]
-        tensor = next((found[c] for c in candidates if c in found), None)
+        tensor: Stored | None = next((found[c] for c in candidates if c in found), None)
+        if tensor is None and checkpoint.packed is not None:
+            tensor = find_packed(name, tuple(parameter.shape), checkpoint.packed, found, candidates)
         if tensor is None or tensor.shape != tuple(parameter.shape):
             return None
         bound[name] = tensor
@@ -223,6 +253,8 @@ def load_model(
 
     Raises CheckpointError where weights are missing or of another shape, or the adapter does not fit.
     """
+    if checkpoint.packed is not None:
+        return _load_packed(checkpoint, dtype, adapter, attention)
     with quiet(), _construction_errors(checkpoint):
         module, report = checkpoint.auto_class.from_pretrained(
             checkpoint.path,
@@ -244,6 +276,18 @@ def load_model(
     if adapter is not None:
         module = _merge_adapter(module, adapter)
     return module.eval()
+
+
+def _load_packed(
+    checkpoint: Checkpoint, dtype: torch.dtype, adapter: Path | None, attention: str | None
+) -> torch.nn.Module:
+    """A model whose checkpoint is quantized already, with what its codes stand for."""
+    source = build_source(checkpoint, dtype, adapter, attention)
+    with torch.no_grad():
+        for name, parameter in source.module.named_parameters():
+            raw = bytearray(b"".join(source.chunks(name, parameter)))
+            parameter.copy_(torch.frombuffer(raw, dtype=parameter.dtype).view(parameter.shape))
+    return source.module
 
 
 def _merge_adapter(module: Any, adapter: Path) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from llmx.export.checkpoint import Checkpoint
+from llmx.export.experts import use_operator
 from llmx.export.lowering import uncollected
 from llmx.export.package import (
     WEIGHTS_FILE,
@@ -22,11 +23,17 @@ from llmx.export.package import (
     hash_files,
     write_graphs,
 )
-from llmx.export.quantization import QuantizationOptions, QuantizedWeight, describe_quantization, plan_quantization
+from llmx.export.quantization import (
+    Plan,
+    QuantizationOptions,
+    QuantizedWeight,
+    describe_quantization,
+    plan_quantization,
+)
 from llmx.export.quantized_graph import quantize_graphs
 from llmx.export.targets import Target
 from llmx.export.tokenizer import TOKENIZER_FILE, generation_defaults, load_tokenizer, write_tokenizer
-from llmx.export.weights import SourceModel, build_source
+from llmx.export.weights import SourceModel, build_source, load_model
 from llmx.export.writer import WeightsWriter
 from llmx.runtime.errors import ExportError, UnsupportedModelError
 from llmx.runtime.manifest import FileInfo, Manifest, TokenizerInfo, Verification
@@ -85,7 +92,7 @@ class Stages:
 
     def end(self) -> None:
         if self._name:
-            self.seconds[self._name] = time.perf_counter() - self._start
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + time.perf_counter() - self._start
             self._name = ""
 
 
@@ -111,6 +118,8 @@ class Work:
         """The model to trace with this attention implementation, its vocabulary checked against the tokenizer's."""
         source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter, attention)
         _check_vocabulary(source, self.folder, tokenizer_file)
+        if not self.target.on_device:
+            use_operator(source)
         return source
 
     def plain_source(self, tokenizer_file: str) -> SourceModel:
@@ -127,7 +136,7 @@ class Work:
         self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
     ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:
         """`make` the graphs by name while the weights are written; the graphs, and what is known of the weights' file."""
-        plan = plan_quantization(source, self.options.quantize) if self.options.quantize is not None else {}
+        plan = self._plan(source)
         with WeightsWriter(self.folder / WEIGHTS_FILE, source, plan) as writer, uncollected():
             check_free_space(self.folder, int(writer.expected_bytes * 1.02))
             graphs = make()
@@ -137,6 +146,30 @@ class Work:
             files = {graph_file(name): graph for name, graph in graphs.items()}
             write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
         return graphs, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}
+
+    def _plan(self, source: SourceModel) -> Plan:
+        """What is written quantized, calibrated where that is asked for."""
+        quantize = self.options.quantize
+        plan = plan_quantization(source, quantize)
+        if quantize is None or quantize.method != "gptq":
+            return plan
+        if self.checkpoint.packed is not None:
+            raise ExportError(
+                "--quantize-method gptq needs the original weights, and this checkpoint is quantized already."
+            )
+        from llmx.export.gptq import calibrated
+        from llmx.export.quality import calibration_ids
+
+        self.stages.begin("calibrate")
+        model = load_model(self.checkpoint, self.torch_dtype, self.options.adapter).float()
+        ids = calibration_ids(model, self.checkpoint, quantize.calibration_file)
+        plan, missed = calibrated(model, plan, ids, self.stages.reporter.advance)
+        self.stages.begin("trace")
+        if missed:
+            self.warnings.append(
+                f"The calibration text reaches {len(missed)} of the matrices not ({missed[0]} …); they are rounded to nearest."
+            )
+        return plan
 
     def manifest(
         self, source: SourceModel, graphs: dict[str, ir.Model], hashed: dict[str, FileInfo], **parts: Any
@@ -153,7 +186,7 @@ class Work:
             verification=Verification("skipped", reason="not verified yet"),
             files=hash_files(self.folder, hashed),
             min_onnxruntime=self.target.min_onnxruntime,
-            quantization=describe_quantization(self.quantized, source, self.options.quantize),
+            quantization=describe_quantization(self.quantized, source, self.options.quantize, self.checkpoint.packed),
             weights=describe_weights(graphs) if self.target.on_device else [],
             **parts,
         )
