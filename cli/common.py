@@ -21,6 +21,9 @@ _MAX_LENGTH = click.option(
 _THREADS = click.option(
     "--threads", type=click.IntRange(1), help="CPU threads [default: the CPUs this process may use]."
 )
+_SPIN = click.option(
+    "--spin/--no-spin", default=True, help="Busy-wait within a step; without, slower and kinder to other processes."
+)
 _REVISION = click.option("--revision", help="Revision of a hub id.")
 _BATCH_SIZE = click.option(
     "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts run at once."
@@ -36,12 +39,12 @@ def _all(function: Callable[..., Any], *options: Callable[..., Any]) -> Callable
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--onnx and how to load it."""
-    return _all(function, _ONNX, _DEVICE, _MAX_LENGTH, _THREADS, _REVISION)
+    return _all(function, _ONNX, _DEVICE, _MAX_LENGTH, _THREADS, _SPIN, _REVISION)
 
 
 def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """--onnx and how to load and run an encoder."""
-    return _all(function, _ONNX, _DEVICE, _THREADS, _REVISION, _BATCH_SIZE)
+    return _all(function, _ONNX, _DEVICE, _THREADS, _SPIN, _REVISION, _BATCH_SIZE)
 
 
 def speculation_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,6 +89,7 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
             options["device"],
             max_length=options.get("max_length"),
             threads=options["threads"],
+            spin=options["spin"],
             slots=slots,
             speculative=_speculation(options),
         )

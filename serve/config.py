@@ -36,6 +36,7 @@ class ServeConfig(BaseModel):
     )
     device: str = Field("auto", description="Where to run: auto, cpu or cuda.")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: the CPUs that the process may use.")
+    spin: bool = Field(True, description="Busy-wait within a step; false is slower, and kinder to other processes.")
     max_length: int | None = Field(None, ge=2, description="Positions of a request, prompt and output together.")
     slots: int = Field(8, ge=1, le=1024, description="Requests that run at the same time.")
     prefill_chunk: int = Field(

@@ -240,6 +240,7 @@ def _load(path: str, config: ServeConfig) -> LLM:
             max_length=config.max_length,
             slots=config.slots,
             threads=config.threads,
+            spin=config.spin,
             prefill_chunk=config.prefill_chunk,
             prefix_cache_bytes=int(config.prefix_cache * 1e6),
         )

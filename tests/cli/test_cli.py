@@ -326,3 +326,19 @@ def test_ctrl_c_stops_cleanly(demo: Path) -> None:
         pytest.fail("the model had finished before the signal")
     assert process.returncode == 130, err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("flags", "spins"), [([], True), (["--no-spin"], False)])
+def test_spinning_is_a_setting(flags: list[str], spins: bool, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmx.runtime import sessions
+
+    seen, original = [], sessions.session_options
+
+    def options(settings: sessions.SessionSettings) -> object:
+        made = original(settings)
+        seen.append(made.get_session_config_entry("session.intra_op.allow_spinning"))
+        return made
+
+    monkeypatch.setattr(sessions, "session_options", options)
+    assert run("run", "--onnx", demo, "--prompt", "ROMEO:", "-n", 2, *flags).exit_code == 0
+    assert set(seen) == {"1" if spins else "0"}
