@@ -81,6 +81,8 @@ class Chat:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=bool(body.continue_final_message),
             **({"tool_calls": CALL_FORMAT} if self.called else {}),
+            # The grammar holds from the first token on, also where the template has opened reasoning.
+            **({"reasoning": None} if self.form is not None else {}),
         )
         return [(self.request.token_ids, self._params(len(self.request.token_ids)))]
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 pytest.importorskip("llguidance")
 TEMPLATE = """{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}
 {% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}
-{% endfor %}{# <think></think> #}{% if add_generation_prompt %}assistant: {% endif %}"""
+{% endfor %}{# <think></think> #}{% if add_generation_prompt %}assistant: {% if think %}<think>
+{% endif %}{% endif %}"""
 MESSAGES: Any = [{"role": "user", "content": "What news?"}]
 WEATHER: Any = {
     "type": "function",
@@ -73,6 +74,18 @@ def test_parse_with_a_pydantic_model(client: openai.OpenAI) -> None:
         model="demo", messages=MESSAGES, response_format=Scene, temperature=1, seed=2, max_tokens=200
     ) as stream:
         assert stream.get_final_completion().choices[0].message.parsed == scene
+
+
+def test_a_form_where_the_template_opens_reasoning(client: openai.OpenAI) -> None:
+    """What the grammar makes is the answer, though the prompt ends with an opening tag; without one it is reasoning."""
+    options: Any = {"model": "demo", "messages": MESSAGES, "seed": 1, "max_tokens": 200}
+    thinking: Any = {"chat_template_kwargs": {"think": True}}
+    answer = client.chat.completions.parse(**options, response_format=Scene, extra_body=thinking).choices[0].message
+    assert isinstance(answer.parsed, Scene)
+    called = client.chat.completions.create(**options, tools=[WEATHER], tool_choice="required", extra_body=thinking)
+    assert called.choices[0].message.tool_calls[0].function.name == "weather"
+    free = client.chat.completions.create(**options, extra_body=thinking).choices[0].message
+    assert free.reasoning_content and not free.content  # type: ignore[attr-defined]
 
 
 def test_json_object(client: openai.OpenAI) -> None:
