@@ -23,6 +23,7 @@ from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import load_manifest
 from llmx.runtime.manifest_check import CARRIED
 from llmx.runtime.scheduler import Request
+from llmx.runtime.step_logits import StepLogits
 from llmx.runtime.tracing import active
 
 
@@ -84,18 +85,41 @@ class _Depth:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def prefill(self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, *more: Any) -> np.ndarray:
-        before = min(max(self._depth - start, 0), len(token_ids))
-        if before:
-            logits = self._backend.prefill(slot, token_ids[:before], start, np.zeros(0, np.int64), *more)
-        if start < self._depth <= start + before:
-            self.reached.append(time.perf_counter())
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
+        before, logits = self._fill(slot, token_ids, start, prompt_length)
         if before < len(token_ids):
             begin = time.perf_counter()
-            logits = self._backend.prefill(slot, token_ids[before:], start + before, positions - before, *more)
+            logits = self._backend.prefill(slot, token_ids[before:], start + before, positions - before, prompt_length)
             self.seconds += time.perf_counter() - begin
-        result: np.ndarray = logits
-        return result
+        return logits
+
+    def prefill_last(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        prompt_length: int | None = None,
+        temperature: float = -1.0,
+    ) -> StepLogits:
+        before, _ = self._fill(slot, token_ids, start, prompt_length)  # a prompt goes on past the depth
+        begin = time.perf_counter()
+        last: StepLogits = self._backend.prefill_last(
+            slot, token_ids[before:], start + before, prompt_length, temperature
+        )
+        self.seconds += time.perf_counter() - begin
+        return last
+
+    def _fill(self, slot: int, token_ids: np.ndarray, start: int, prompt_length: int | None) -> tuple[int, np.ndarray]:
+        """Run those of the tokens that lie before the depth; how many they are, and what that returned."""
+        before = min(max(self._depth - start, 0), len(token_ids))
+        logits = np.zeros((0, self._backend.vocab_size), np.float32)
+        if before:
+            logits = self._backend.prefill(slot, token_ids[:before], start, np.zeros(0, np.int64), prompt_length)
+        if start < self._depth <= start + before:
+            self.reached.append(time.perf_counter())
+        return before, logits
 
 
 class _Batch:

@@ -39,10 +39,10 @@ def test_latencies_are_those_of_the_server(backend: str, cut: tuple[int, str]) -
     assert [o.error for o in outcomes] == [None] * 3
     for o in outcomes:
         assert (o.prompt_len, o.output_tokens, len(o.gaps)) == (7, 5, 4)
-        assert 0.1 <= o.ttft < 0.19 and all(0.015 <= gap < 0.1 for gap in o.gaps)
+        assert o.ttft >= 0.1 and o.latency >= 0.1 + 4 * 0.02  # what the server waits; a busy machine adds to it
         assert o.latency == pytest.approx(o.ttft + sum(o.gaps))
         assert o.tpot == pytest.approx(sum(o.gaps) / 4)
-    assert 3 * 0.18 <= seconds < 1.5
+    assert sum(o.latency for o in outcomes) <= seconds
     facts = report(load, outcomes, seconds, {})
     assert facts["output_throughput"] == pytest.approx(15 / seconds)
     assert facts["ttft_ms"]["p50"] == pytest.approx(1e3 * float(np.median([o.ttft for o in outcomes])))
