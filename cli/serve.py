@@ -24,7 +24,7 @@ def _options(function: Any) -> Any:
         flag = f"--{name.replace('_', '-')}"
         kind, many = _click_type(field.annotation)
         default = field.get_default(call_default_factory=True)
-        shown = f"; default: {default}" if default not in (None, [], False) else ""
+        shown = f"; default: {default}" if default not in (None, []) else ""
         text = f"{field.description} [LLMX_{name.upper()}{shown}]"
         if kind is bool:
             function = click.option(f"{flag}/--no-{flag[2:]}", name, default=None, help=text)(function)

@@ -42,7 +42,7 @@ def configure(log_format: str, level: str) -> None:
     for name in ("llmx", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level.upper())
+        logger.setLevel("ERROR" if name == "asyncio" else level.upper())  # it warns of each send to a client that left
     for name in ("uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers, logging.getLogger(name).propagate = [], True
     access = logging.getLogger("uvicorn.access")

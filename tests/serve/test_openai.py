@@ -106,6 +106,46 @@ def test_a_stop_string_split_across_tokens(client: openai.OpenAI) -> None:
     assert "".join(c.text for chunk in stream for c in chunk.choices) == expected
 
 
+def test_echo(client: openai.OpenAI) -> None:
+    options = {"model": "demo", "prompt": ["ROMEO:", "JULIET: my"], "temperature": 0, "logprobs": 0, "n": 2}
+    plain = client.completions.create(**options, max_tokens=4).choices  # type: ignore[call-overload]
+    prompts = ["ROMEO:", "ROMEO:", "JULIET: my", "JULIET: my"]
+    echoed = client.completions.create(**options, max_tokens=4, echo=True).choices  # type: ignore[call-overload]
+    assert [c.text for c in echoed] == [p + c.text for p, c in zip(prompts, plain, strict=True)]
+    texts, tokens = [""] * 4, [[] for _ in range(4)]  # type: ignore[var-annotated]
+    for chunk in client.completions.create(**options, max_tokens=4, echo=True, stream=True):  # type: ignore[call-overload]
+        for c in chunk.choices:
+            texts[c.index] += c.text
+            tokens[c.index] += c.logprobs.tokens if c.logprobs else []
+    assert texts == [c.text for c in echoed] and tokens == [c.logprobs.tokens for c in echoed]
+    silent = client.completions.create(**options, max_tokens=0, echo=True)  # type: ignore[call-overload]
+    assert [c.text for c in silent.choices] == prompts and silent.usage.completion_tokens == 0
+    assert [c.logprobs.tokens for c in silent.choices] == [
+        c.logprobs.tokens[: len(s.logprobs.tokens)] for c, s in zip(echoed, silent.choices, strict=True)
+    ]
+
+
+def test_vllms_extras(client: openai.OpenAI, served: Running) -> None:
+    extra = {"top_k": 1, "min_tokens": 3, "ignore_eos": True, "repetition_penalty": 1.0, "prompt_logprobs": 1}
+    answer = client.completions.create(model="demo", prompt="ROMEO:", temperature=1, max_tokens=6, extra_body=extra)
+    greedy = client.completions.create(model="demo", prompt="ROMEO:", temperature=0, max_tokens=6)
+    assert answer.choices[0].text == greedy.choices[0].text
+    assert len(answer.choices[0].prompt_logprobs) == answer.usage.prompt_tokens  # type: ignore[union-attr,attr-defined]
+    counts = [
+        chunk.usage.completion_tokens
+        for chunk in client.completions.create(
+            model="demo", prompt="x", max_tokens=5, stream=True, extra_body={"ignore_eos": True},
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+        )
+        if chunk.usage
+    ]  # fmt: skip
+    assert counts == sorted(counts) and counts[-1] == 5
+    reason = served.post(
+        "/v1/completions", {"prompt": "ROMEO:", "max_tokens": 30, "temperature": 0, "stop": [" "]}
+    ).json()
+    assert (reason["choices"][0]["finish_reason"], reason["choices"][0]["stop_reason"]) == ("stop", " ")
+
+
 def test_async_clients_share_the_batch(served: Running, reference: LLM) -> None:
     prompts = [
         f"{name}: I" for name in ("ROMEO", "JULIET", "KING", "QUEEN", "DUKE", "NURSE", "LEAR", "FOOL", "MENENIUS")
