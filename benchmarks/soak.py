@@ -195,7 +195,7 @@ class Soak:
 
 async def watch(soak: Soak, pid: int, samples: list[tuple[float, int]], start: float) -> None:
     """Health each second, memory each five."""
-    async with httpx.AsyncClient(base_url=soak.url, timeout=10) as client:
+    async with httpx.AsyncClient(base_url=soak.url, timeout=60) as client:
         beat = 0
         while not soak.over:
             try:
