@@ -50,6 +50,7 @@ class DeviceBackend:
         self._steps: dict[int, DecodeStep] = {}
         self._candidates: dict[int, CandidatesStep] = {}
         self._flying: tuple[DecodeStep, int, np.ndarray] | None = None  # a step that runs ahead: what it returns
+        self._changed = np.zeros(plan.slots, bool)  # slots whose state is another than that step's
         self._prompts = Prefill(sessions["prefill"], manifest, memory, self._bind_state)
         self._prompt_candidates: CandidatesStep | None = None
         self._options = import_onnxruntime().RunOptions()
@@ -112,6 +113,7 @@ class DeviceBackend:
         assert start >= 0 and end <= self.max_length and 0 <= slot < self.slots
         self._memory.activate()
         self._held[slot] = end
+        self._changed[slot] = True
         return end
 
     def _read_prompt_rows(self, first: int, count: int) -> np.ndarray:
@@ -135,7 +137,7 @@ class DeviceBackend:
         self._held[:count][meant[:count]] = lengths[meant[:count]] + 1
         greedy = temperatures is not None and bool((temperatures[meant[:count]] == 0).all())
         holds = self._holds(step, token_ids, lengths, meant)
-        if flying is not None and not (holds and flying[0] is step):
+        if flying is not None and not (holds and flying[0] is step and not (self._changed[: step.rows] & meant).any()):
             flying[0].tokens = None  # its block is a step further than the caller
             holds = holds and flying[0] is not step
             flying = None
@@ -148,6 +150,7 @@ class DeviceBackend:
         assert tokens is not None
         if greedy and self._ahead and int(places.max()) + 2 < self._length:
             self._flying = (step, *step.launch())
+            self._changed[:] = False
         top: CandidatesStep | None = None
         if temperatures is not None and bool((temperatures > 0).any()) and "candidates" in self._sessions:
             top = self._candidates_step(step.rows)
@@ -247,6 +250,7 @@ class DeviceBackend:
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         self._memory.activate()
         self._held[target] = length
+        self._changed[target] = True
         for buffer, slot, width, heads in self._layout():
             at, pitch = buffer.address + start * width, self._length * width
             if length > start:
@@ -272,6 +276,7 @@ class DeviceBackend:
 
     def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
         self._memory.activate()
+        self._changed[slot] = True
         for array, (buffer, size, width, heads) in zip(state, self._layout(), strict=True):
             self._held[slot] = start + array.shape[1]
             for head in range(heads if array.shape[1] else 0):

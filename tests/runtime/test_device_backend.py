@@ -146,6 +146,32 @@ def test_a_greedy_step_is_one_launch_and_one_small_copy(folder: Path, ahead: boo
     backend.close()
 
 
+@pytest.mark.parametrize("change", ["copy", "prefill", "write"])
+def test_a_step_that_ran_ahead_of_a_change_is_not_used(change: str, pair: tuple[DeviceBackend, Backend]) -> None:
+    """A slot's state changes while the next step runs, and that step's token and length happen to be the ones asked for."""
+    device, host = pair
+    ids = [np.arange(1, 9), np.arange(21, 29)]
+    for backend in pair:
+        for slot, prompt in enumerate(ids):
+            backend.prefill(slot, prompt, 0, np.zeros(0, np.int64))
+    lengths, tokens = np.array([8, 8]), np.array([3, 4])
+    for _ in range(2):
+        step = device.decode(tokens, lengths, None, np.zeros(2, np.float32))
+        host.decode(tokens, lengths)
+        tokens, lengths = np.array([step.greedy(0), step.greedy(1)]), lengths + 1
+    for backend in pair:
+        if change == "copy":
+            backend.copy_slot(0, 1, 10)
+        elif change == "prefill":
+            backend.prefill(1, np.arange(41, 51), 0, np.zeros(0, np.int64))
+        else:
+            backend.write_state(1, 0, backend.read_state(0, 0, 10))
+    got = device.decode(tokens, lengths, None, np.zeros(2, np.float32))
+    want = host.decode(tokens, lengths).rows()
+    assert [got.greedy(0), got.greedy(1)] == want.argmax(1).tolist()
+    np.testing.assert_array_equal(got.rows(), want)
+
+
 def test_rows_run_to_the_last_position(folder: Path) -> None:
     device, host = device_backend(folder, slots=1), open_backend(folder, load_manifest(folder), "cpu", LENGTH, 1)
     ids = np.arange(1, LENGTH - 3)
