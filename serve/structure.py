@@ -12,6 +12,9 @@ from llmx.serve.protocol import ChatRequest, NamedTool, ResponseFormat, Tool
 #: The format in which a required call is written: JSON without the model's own markers.
 CALL_FORMAT = "json"
 
+#: OpenAI: a function without parameters takes none.
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
 
 def of_format(format: ResponseFormat | None) -> dict[str, Any] | None:
     """SamplingParams' `structured_outputs` of a response_format. Raises ApiError."""
@@ -46,7 +49,7 @@ def of_calls(tools: list[Tool], single: bool) -> dict[str, Any]:
             "type": "object",
             "properties": {
                 "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
+                "arguments": tool.function.parameters or _NO_ARGUMENTS,
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
