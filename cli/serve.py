@@ -96,8 +96,9 @@ def command(config: Path | None, **options: Any) -> None:
     settings = read_config(given, config)
     from llmx.cli.common import status
     from llmx.serve.models import load_models
-    from llmx.serve.server import serve
+    from llmx.serve.server import bind, serve
 
+    sock = bind(settings)
     with status(f"Loading {', '.join(settings.onnx)}"):
         models = load_models(settings)
-    serve(models, settings)
+    serve(models, settings, sock)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from types import FrameType
 
 import h11
 import uvicorn
+from llmx.runtime.errors import MachineError
 from llmx.serve.app import create_app
 from llmx.serve.config import ServeConfig
 from llmx.serve.logs import configure, log
@@ -91,9 +93,23 @@ def uvicorn_config(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
     )
 
 
-def serve(models: Models, config: ServeConfig) -> None:
-    """Serve until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end."""
+def bind(config: ServeConfig) -> socket.socket:
+    """The address taken, before anything is loaded; nobody can connect before it is served. Raises MachineError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise MachineError(
+            f"{config.host}:{config.port} cannot be listened on: {error.strerror}; choose another --host or --port."
+        ) from None
+    return sock
+
+
+def serve(models: Models, config: ServeConfig, sock: socket.socket) -> None:
+    """Serve at `bind`'s socket until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end."""
     configure(config.log_format, config.log_level)
     server = Server(uvicorn_config(create_app(models, config), config), models)
-    log(logging.INFO, "serving", models=[model.name for model in models], host=config.host, port=config.port)
-    server.run()
+    log(logging.INFO, "serving", models=[model.name for model in models], host=config.host, port=sock.getsockname()[1])
+    server.run(sockets=[sock])

@@ -355,8 +355,19 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path, monkey
 def test_what_cannot_be_served_is_said(arguments: list[str], message: str) -> None:
     from llmx.cli import main
 
-    result = CliRunner().invoke(main, ["serve", *arguments])
+    result = CliRunner().invoke(main, ["serve", "--port", "0", *arguments])
     assert result.exit_code in (1, 2) and message in result.output and "Traceback" not in result.output
+
+
+def test_an_address_that_is_taken_is_said_before_anything_is_loaded() -> None:
+    from llmx.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(main, ["serve", "--onnx", "/nowhere", "--port", port])
+    assert result.exit_code == 1 and f"127.0.0.1:{port} cannot be listened on: Address already in use" in result.output
+    result = CliRunner().invoke(main, ["serve", "--onnx", "/nowhere", "--host", "no.such.host.invalid"])
+    assert result.exit_code == 1 and "cannot be listened on" in result.output and "Traceback" not in result.output
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
