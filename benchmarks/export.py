@@ -6,7 +6,7 @@ Examples:
     python benchmarks/export.py --shape llama-8b --dtype bf16 --no-peer --repeats 1
 
 Both write the same model in the same dtype, neither verifies it. Weights are counted from the checkpoint (a tied tensor
-once) at the package's dtype.
+once), at the package's dtype, of a quantized package at the checkpoint's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from common import (
     parameter_count,
     positive,
     print_table,
+    safetensors_header,
     short_error,
     spread,
     summary,
@@ -95,6 +96,12 @@ def measure(name: str, command: list[str]) -> dict[str, float]:
         "peak_rss_bytes": max(usage.ru_maxrss * 1024, watch.highest, watch.together),
         "peak_anonymous_bytes": watch.anonymous,
     }
+
+
+def source_bytes(checkpoint: Path) -> int:
+    """Bytes of a checkpoint's tensors."""
+    headers = [safetensors_header(file) for file in checkpoint.glob("*.safetensors")]
+    return sum(info["data_offsets"][1] - info["data_offsets"][0] for header in headers for info in header.values())
 
 
 def read_once(checkpoint: Path) -> None:
@@ -161,7 +168,7 @@ def report(name: str, dtype: str, results: dict[str, Any], weights: int) -> None
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_model_arguments(parser, tuple(ITEMSIZE))
+    add_model_arguments(parser, (*ITEMSIZE, "int8", "int4"))
     add_peers_argument(parser)
     parser.add_argument("--repeats", type=positive, default=3, help="exports by each exporter [default: 3]")
     parser.add_argument("--no-peer", action="store_true", help="measure llmx alone")
@@ -170,7 +177,8 @@ def main() -> None:
         fail("onnxruntime-genai's builder writes no bf16 for the CPU: add --no-peer, or choose fp32 or fp16.")
     started = machine()
     checkpoint = checkpoint_for(args)
-    weights = parameter_count(checkpoint) * ITEMSIZE[args.dtype]
+    quantized = args.dtype not in ITEMSIZE
+    weights = source_bytes(checkpoint) if quantized else parameter_count(checkpoint) * ITEMSIZE[args.dtype]
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="export-", dir=args.work.resolve()) as folder:
         results = run_all(args, checkpoint, Path(folder))
