@@ -1,0 +1,199 @@
+"""Speculative decoding beside plain decoding, and beside the speed-up that acceptance and step times predict.
+
+    python benchmarks/speculation.py                                  # the demo pair: held-out text, and text that repeats
+    python benchmarks/speculation.py --model DIR --draft DIR --device cuda
+
+One request at a time. Plain and speculative runs of a prompt alternate. Each kind of step is then timed alone: a decode
+step, a pass over 2 … k + 1 tokens, a step of the draft, and what plain decoding spends on a token besides its step. From
+these and the passes that were counted comes the prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import ROOT, machine, make_parser, positive, print_table, rounded, write_results
+
+CHECKPOINTS = ROOT / "artifacts" / "checkpoints"
+CONTEXT = 160
+
+
+def package(name: str, work: Path) -> Path:
+    """The demo checkpoint `name` as a package, made once."""
+    folder = work / "speculation" / name
+    if not (folder / "llmx.json").is_file():
+        from llmx.export import ExportOptions, export_model
+
+        export_model(ExportOptions(str(CHECKPOINTS / name), folder))
+    return folder
+
+
+def texts(count: int) -> dict[str, list[str]]:
+    """Held-out Shakespeare, and the same repeated: a passage, again, and its first words."""
+    whole = (CHECKPOINTS / "data" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    rest = whole[int(len(whole) * 0.9) :]
+    step = len(rest) // count
+    pieces = [rest[i * step : i * step + 300] for i in range(count)]
+    return {"held-out": pieces, "copying": [f"{piece}\n\n{piece}\n\n{piece[:80]}" for piece in pieces]}
+
+
+def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def decode_time(llm: Any, prompt: str, params: Any) -> tuple[float, Any]:
+    """(seconds from the first token to the last, the output)."""
+    [out] = llm.generate([prompt], params)
+    return out.metrics.last_token - out.metrics.first_token, out
+
+
+class Counted:
+    """A speculator's guesses, counted: passes by their number of guesses."""
+
+    def __init__(self, speculator: Any) -> None:
+        self.passes: dict[int, int] = {}
+        inner = speculator.guess
+
+        def guess(sequences: Any) -> Any:
+            found = inner(sequences)
+            for guesses in found.values():
+                self.passes[len(guesses)] = self.passes.get(len(guesses), 0) + 1
+            return found
+
+        speculator.guess = guess
+
+
+def compare(plain: Any, fast: Any, prompts: list[str], params: Any, repeats: int) -> dict[str, Any]:
+    """Both on every prompt, alternating; the median of `repeats` for each."""
+    counted = Counted(fast.engine.speculator)
+    slow_time = fast_time = 0.0
+    tokens = drafted = accepted = passes = 0
+    for prompt in prompts:
+        pairs = []
+        for _ in range(repeats):
+            slow, expected = decode_time(plain, prompt, params)
+            quick, out = decode_time(fast, prompt, params)
+            assert params.temperature != 0.0 or out.outputs[0].token_ids == expected.outputs[0].token_ids
+            pairs.append((slow, quick))
+            tokens += out.metrics.num_output_tokens - 1
+            drafted += out.metrics.num_drafted
+            accepted += out.metrics.num_accepted
+            passes += out.metrics.num_verifications
+        slow_time += statistics.median(pair[0] for pair in pairs) * repeats
+        fast_time += statistics.median(pair[1] for pair in pairs) * repeats
+    steps = tokens - accepted - passes  # tokens of plain steps between the passes
+    return {
+        "tokens": tokens, "plain_seconds": slow_time, "seconds": fast_time, "speedup": slow_time / fast_time,
+        "drafted": drafted, "accepted": accepted, "passes": passes, "plain_steps": steps,
+        "mean_accepted_length": 1 + accepted / max(passes, 1), "passes_by_guesses": dict(sorted(counted.passes.items())),
+    }  # fmt: skip
+
+
+def step_times(plain: Any, fast: Any, per_token: float, widest: int) -> dict[str, Any]:
+    """Seconds of each kind of step at CONTEXT positions, alone."""
+    target = plain.backend
+    target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
+    one, length = np.array([5]), np.array([CONTEXT])
+    decode = seconds(lambda: target.decode(one, length, None, np.zeros(1, np.float32)).greedy(0))
+    target = fast.backend
+    target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
+
+    def verify(width: int) -> float:
+        ids, asked = np.full(width, 5), np.arange(width)
+        return seconds(lambda: target.prefill(0, ids, CONTEXT, asked, CONTEXT + 1))
+
+    times: dict[str, Any] = {"decode": decode, "host": max(per_token - decode, 0.0), "draft": 0.0}
+    times["verify"] = {guesses: verify(guesses + 1) for guesses in range(1, widest + 1)}
+    draft = getattr(fast.engine.speculator._drafter, "_backend", None)
+    if draft is not None:
+        draft.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
+        times["draft"] = seconds(lambda: draft.decode(one, length).rows())
+        fast.engine.speculator._drafter._held[0] = []  # what was timed is no sequence's
+    return times
+
+
+def predict(result: dict[str, Any], times: dict[str, Any]) -> float:
+    """The speed-up that the counted passes give at these step times."""
+    host = result["tokens"] * times["host"]
+    plain = result["tokens"] * times["decode"] + host
+    passes = sum(n * (times["verify"][k] + k * times["draft"]) for k, n in result["passes_by_guesses"].items())
+    return float(plain / (passes + result["plain_steps"] * times["decode"] + host))
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", type=Path, help="a package [default: the demo, exported]")
+    parser.add_argument("--draft", type=Path, help="its draft [default: the demo's]")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--work", type=Path, default=ROOT / "artifacts" / "bench")
+    parser.add_argument("--prompts", type=positive, default=12)
+    parser.add_argument("--tokens", type=positive, default=96)
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--num-tokens", type=positive, help="guesses a pass [default: adapted]")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/…]")
+    run(parser.parse_args())
+
+
+def run(args: argparse.Namespace) -> None:
+    from llmx.runtime import LLM, SamplingParams, Speculation
+
+    started = machine()
+    model, draft = args.model or package("demo", args.work), args.draft or package("draft", args.work)
+    params = SamplingParams(max_tokens=args.tokens, temperature=args.temperature, ignore_eos=True, seed=1)
+    drafters = {
+        "draft": Speculation(draft=draft, num_tokens=args.num_tokens),
+        "prompt-lookup": Speculation(prompt_lookup=True, num_tokens=args.num_tokens),
+    }
+    results, rows = [], []
+    settings = {"device": args.device, "slots": 1, "max_length": 1024}
+    with LLM(model, **settings) as plain:
+        plain.warmup()
+        for name, speculative in drafters.items():
+            with LLM(model, speculative=speculative, **settings) as fast:
+                fast.warmup()
+                for kind, prompts in texts(args.prompts).items():
+                    decode_time(plain, prompts[0], params), decode_time(fast, prompts[0], params)
+                    result = compare(plain, fast, prompts, params, args.repeats)
+                    widest = max(result["passes_by_guesses"], default=1)
+                    times = step_times(plain, fast, result["plain_seconds"] / result["tokens"], widest)
+                    result["predicted_speedup"] = predict(result, times)
+                    result["of_predicted"] = result["speedup"] / result["predicted_speedup"]
+                    results.append({"drafter": name, "prompts": kind, **result, "step_seconds": times})
+                    rows.append([
+                        f"{name}, {kind}", f"{result['mean_accepted_length']:.2f}",
+                        f"{result['accepted'] / max(result['drafted'], 1):.0%}", f"{result['speedup']:.2f}",
+                        f"{result['predicted_speedup']:.2f}", f"{result['of_predicted']:.0%}",
+                    ])  # fmt: skip
+                    print(rows[-1], file=sys.stderr)
+    columns = ["", "tokens a pass", "accepted", "speed-up", "predicted", "of it"]
+    print_table(f"Speculative decoding of {model.name} ({plain.backend.__class__.__name__})", columns, rows)
+    for result in results:
+        result.update({k: rounded(v) for k, v in result.items() if isinstance(v, float)})
+    what = {
+        name: getattr(args, name) for name in ("device", "prompts", "tokens", "repeats", "num_tokens", "temperature")
+    }
+    page = {
+        "title": f"Speculative decoding, {model.name}",
+        "section": "CUDA" if args.device.startswith("cuda") else "CPU",
+        "tables": [{"title": "One request at a time, beside plain decoding", "columns": columns, "rows": rows}],
+    }
+    write_results(args.json, f"speculation-{model.name}", started, {**page, "settings": what, "results": results})
+
+
+if __name__ == "__main__":
+    main()
