@@ -71,13 +71,13 @@ class AsyncLLM:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         [request] = self.submit([(prompt, params or SamplingParams(), emit)])
-        unfinished = len(request.sequences)
+        ended = 0
         try:
-            while unfinished:
+            while ended < len(request.sequences):  # a beam search ends with fewer than it has beams
                 piece = await pieces.get()
                 if request.error is not None:
                     raise request.error
-                unfinished -= piece.finish_reason is not None
+                ended += piece.finish_reason is not None
                 yield piece
         finally:
             self.llm._abandon([request])

@@ -153,14 +153,14 @@ class Generation:
 
     async def pieces(self) -> AsyncIterator[tuple[int, StreamPiece]]:
         """(prompt's index, piece) as they come, until all have ended. Raises the first error of a request."""
-        left = sum(len(request.sequences) for request in self.requests)
-        while left:
+        ended = 0
+        while ended < sum(len(request.sequences) for request in self.requests):  # fewer once a beam search has ended
             index, piece = await self._pieces.get()
             error = self.requests[index].error
             if error is not None:
                 raise error
             if piece.finish_reason is not None:
-                left -= 1
+                ended += 1
             yield index, piece
 
     def close(self) -> None:

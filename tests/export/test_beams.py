@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from llmx.export import ExportOptions, export_model
-from llmx.runtime import LLM, RequestError, SamplingParams
+from llmx.runtime import LLM, AsyncLLM, RequestError, SamplingParams, StreamPiece
 from zoo.models import SEQ2SEQ, VOCAB, make_model, make_seq2seq, save_checkpoint
 
 SEARCHES: list[dict[str, Any]] = [
@@ -185,3 +186,17 @@ def test_run(package: Callable[[str], Path]) -> None:
 def test_bad_parameters(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**options)
+
+
+def test_asynchronously(package: Callable[[str], Path]) -> None:
+    """A stream of a search ends after its n outputs, which are fewer than its beams."""
+
+    async def main() -> tuple[list[StreamPiece], list[list[int]]]:
+        params = SamplingParams(num_beams=4, n=2, max_tokens=8)
+        async with AsyncLLM(package("llama"), slots=4) as llm:
+            pieces = [piece async for piece in llm.stream([5, 6], params)]
+            [out] = await llm.generate([[5, 6]], params)
+            return pieces, [o.token_ids for o in out.outputs]
+
+    pieces, expected = asyncio.run(asyncio.wait_for(main(), 60))
+    assert [piece.token_ids for piece in pieces] == expected and [piece.index for piece in pieces] == [0, 1]
