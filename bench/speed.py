@@ -231,8 +231,9 @@ def measure(llm: LLM, point: Point, repetitions: int, warmup: int, seed: int) ->
 
 def summary(llm: LLM, point: Point, runs: list[Run]) -> dict[str, Any]:
     """Medians, ranges and percentiles of the runs, in seconds and tokens a second."""
-    prompts = (point.prompt if llm.backend.chunked else point.depth + point.prompt) * point.batch
-    facts: dict[str, Any] = {"prompt": point.prompt, "steps": point.steps, "batch": point.batch, "depth": point.depth}
+    prompt = _source(llm, point) or point.prompt
+    prompts = (prompt if llm.backend.chunked or llm.manifest.seq2seq else point.depth + prompt) * point.batch
+    facts: dict[str, Any] = {"prompt": prompt, "steps": point.steps, "batch": point.batch, "depth": point.depth}
     facts["ttft_s"] = spread([float(np.mean(run.first_token)) for run in runs])
     facts["prefill_tokens_per_s"] = spread([prompts / run.prefill for run in runs])
     decoding = [run for run in runs if run.decoded]
@@ -246,15 +247,18 @@ def summary(llm: LLM, point: Point, runs: list[Run]) -> dict[str, Any]:
     return facts
 
 
+def _source(llm: LLM, point: Point) -> int:
+    """Positions of an encoder-decoder's source: the prompt's tokens, or those of one window of sound; 0 for a decoder."""
+    seq2seq = llm.manifest.seq2seq
+    if seq2seq is None:
+        return 0
+    return point.prompt if seq2seq.audio is None else seq2seq.max_source_length
+
+
 def step_bytes(llm: LLM, point: Point) -> int:
     """Bytes that a decode step in the middle of the run reads: the weights once, the state of every row."""
-    source = 0
-    length = point.depth + point.prompt + point.steps // 2
-    seq2seq = llm.manifest.seq2seq
-    if seq2seq is not None:
-        source, length = point.prompt, len(seq2seq.decoder_prompt) + point.steps // 2
-        if seq2seq.audio is not None:
-            source = seq2seq.max_source_length
+    source, seq2seq = _source(llm, point), llm.manifest.seq2seq
+    length = (point.depth + point.prompt if seq2seq is None else len(seq2seq.decoder_prompt)) + point.steps // 2
     alone = any(tensor.layout in CARRIED for tensor in llm.manifest.state)  # each row runs by itself
     weights = weight_bytes(llm.folder, llm.manifest) * (point.batch if alone else 1)
     return weights + point.batch * state_bytes(llm.manifest, length, source)

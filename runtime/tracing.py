@@ -125,7 +125,10 @@ def _profile_start(session: Any) -> float:
     """
     start: int = session.get_profiling_start_time_ns()
     clock = min((time.time_ns, time.monotonic_ns), key=lambda clock: abs(clock() - start))
-    return (time.perf_counter_ns() - (clock() - start)) / 1e9
+    # the reading that was least interrupted, of several
+    readings = [(time.perf_counter_ns(), clock(), time.perf_counter_ns()) for _ in range(9)]
+    before, now, after = min(readings, key=lambda reading: reading[2] - reading[0])
+    return ((before + after) / 2 - (now - start)) / 1e9
 
 
 _active: Trace | None = None

@@ -9,7 +9,8 @@ from typing import Any
 
 
 class FakeServer:
-    """Streams `max_tokens` tokens: the first after `first` seconds, the others `gap` apart. Runs in a thread.
+    """Streams `max_tokens` tokens: the first after `first` seconds, the others `gap` apart. Runs in a thread. After the very
+    first request, answers begin once `together` requests wait (or 10 seconds later).
 
     `fail(n)` -> what the n-th request gets instead: a status and a body, "cut" (the connection ends after two tokens) or
     "event" (an error event after two tokens).
@@ -20,6 +21,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.now = self.most = 0
+        self.together = 1
         self.fail: Any = lambda _: None
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -31,7 +33,7 @@ class FakeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
     @property
@@ -39,11 +41,15 @@ class FakeServer:
         return f"http://127.0.0.1:{self.port}"
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
-        self._loop.run_forever()
+        await self._stop.wait()
         server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -75,6 +81,9 @@ class FakeServer:
         self.now += 1
         self.most = max(self.most, self.now)
         try:
+            late = self._loop.time() + 10
+            while len(self.bodies) > 1 and self.most < self.together and self._loop.time() < late:
+                await asyncio.sleep(0.005)
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
             if chat:
                 await self._event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})

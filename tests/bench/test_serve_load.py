@@ -39,22 +39,24 @@ def test_latencies_are_those_of_the_server(backend: str, cut: tuple[int, str]) -
     assert [o.error for o in outcomes] == [None] * 3
     for o in outcomes:
         assert (o.prompt_len, o.output_tokens, len(o.gaps)) == (7, 5, 4)
-        assert o.ttft >= 0.1 and o.latency >= 0.1 + 4 * 0.02  # what the server waits; a busy machine adds to it
+        assert o.ttft >= 0.1 and o.latency >= 0.1 + 4 * 0.02 - 0.01
         assert o.latency == pytest.approx(o.ttft + sum(o.gaps))
         assert o.tpot == pytest.approx(sum(o.gaps) / 4)
-    assert sum(o.latency for o in outcomes) <= seconds
+    assert seconds >= sum(o.latency for o in outcomes) >= 3 * 0.17
     facts = report(load, outcomes, seconds, {})
     assert facts["output_throughput"] == pytest.approx(15 / seconds)
     assert facts["ttft_ms"]["p50"] == pytest.approx(1e3 * float(np.median([o.ttft for o in outcomes])))
 
 
 def test_no_more_at_once_than_asked_and_all_at_once_without(server: FakeServer) -> None:
+    server.together = 3
     asyncio.run(run_load(Load(server.url, num_prompts=12, max_concurrency=3, output_len=3)))
     assert server.most == 3
-    server.most = 0
+    server.most, server.together = 0, 12
+    server.bodies.clear()
     outcomes, _ = asyncio.run(run_load(Load(server.url, num_prompts=12, output_len=3)))
     assert server.most == 12 == most_at_once(outcomes)
-    assert len(server.bodies) == 2 * (12 + 1)  # one of each goes first and does not count
+    assert len(server.bodies) == 12 + 1  # one goes first and does not count
 
 
 def test_requests_are_what_was_asked(server: FakeServer) -> None:
@@ -90,7 +92,7 @@ def test_a_rate_is_kept(server: FakeServer) -> None:
     load = Load(server.url, num_prompts=20, request_rate=40.0, output_len=2)
     outcomes, _ = asyncio.run(run_load(load))
     sent = np.array([o.start for o in outcomes]) - outcomes[0].start
-    assert sent == pytest.approx(np.array(arrivals(load)), abs=0.05)
+    assert (sent >= np.array(arrivals(load)) - 0.02).all()  # none before its time
 
 
 def test_goodput_counts_requests_within_every_bound() -> None:

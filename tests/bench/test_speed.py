@@ -75,18 +75,18 @@ def test_every_request_is_measured_from_its_start_and_in_the_whole_batch(
 
 
 def test_the_share_outside_of_the_run_call_is_seen(traced: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmx.runtime import engine
+    from llmx.runtime.tokenizer import IncrementalDetokenizer
 
-    point, real = speed.Point(8, 6), engine.choose_from_step
+    point, real = speed.Point(8, 6), IncrementalDetokenizer.push
 
     def slow(*arguments: Any) -> Any:
-        time.sleep(SLOW)
+        time.sleep(0.05)
         return real(*arguments)
 
     before = speed.measure(traced, point, 2, 1, 0)
-    monkeypatch.setattr(engine, "choose_from_step", slow)
+    monkeypatch.setattr(IncrementalDetokenizer, "push", slow)
     after = speed.measure(traced, point, 2, 1, 0)
-    assert after["host_s"]["min"] >= SLOW > before["host_s"]["median"]
+    assert after["host_s"]["min"] >= 0.05 > before["host_s"]["median"]
     assert after["host_share"]["median"] > before["host_share"]["median"]
     assert 0 < before["host_share"]["median"] < 1
 

@@ -197,3 +197,17 @@ def test_from_the_command_line(package: Path, tmp_path: Path) -> None:
     both = subprocess.run([*command, "--prompt", "x"], capture_output=True, text=True)
     assert both.returncode == 2
     assert "not both" in both.stderr
+
+
+def test_bench_measures_a_window_of_sound(package: Path) -> None:
+    from click.testing import CliRunner
+    from llmx.cli import main
+
+    arguments = ["bench", "--onnx", str(package), "-n", "3", "-r", "1", "--warmup", "0", "--batch-size", "2", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    [point] = report["points"]
+    assert point["prompt"] == 1500  # positions of the encoder, whatever -p says
+    assert point["prefill_tokens_per_s"]["median"] > 0 and point["decode_tokens_per_s"]["median"] > 0
+    assert report["cold_start"] == {}
