@@ -105,6 +105,7 @@ def all_kinds(demo: Path, encoder: Callable[[str], Path]) -> Iterator[Running]:
         yield server
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("phases", "examples"), [("fuzzing", 4), pytest.param("examples,coverage,fuzzing", 100, marks=pytest.mark.slow)]
 )
