@@ -16,6 +16,7 @@ from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prompts import Prompt, as_list
 from llmx.runtime.scheduler import Request
+from llmx.runtime.structured import StructuredOutputsParams
 
 
 class AsyncLLM:
@@ -44,6 +45,7 @@ class AsyncLLM:
         """As LLM.generate. Cancelling the awaiting task ends its requests."""
         many = as_list(prompts)
         each = self.llm._each_params(params, len(many))
+        await self._compile(each)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         requests: list[Request] = []
 
@@ -65,6 +67,7 @@ class AsyncLLM:
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamPiece, None]:
         """As LLM.stream, as an async iterator."""
+        await self._compile([params or SamplingParams()])
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[StreamPiece]()
 
         def emit(piece: StreamPiece) -> None:
@@ -98,6 +101,13 @@ class AsyncLLM:
         async with aclosing(self.stream(request.token_ids, request.params(params))) as pieces:
             async for piece in pieces:
                 yield read(piece)
+
+    async def _compile(self, each: Seq[SamplingParams]) -> None:
+        """Compile grammars in another thread: they may take a second, and the event loop has others to serve."""
+        for params in each:
+            form = params.structured_outputs
+            if form is not None and self.llm.encoder is None:
+                await asyncio.to_thread(self.llm.engine.grammars.compile, StructuredOutputsParams.of(form))
 
     def submit(self, wanted: Seq[tuple[Prompt, SamplingParams, Callable[[StreamPiece], None] | None]]) -> list[Request]:
         """Queue requests from any thread; their receivers are called with each piece from the engine's thread.

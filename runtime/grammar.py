@@ -29,10 +29,11 @@ class Grammar:
     in this order, as far as they are known.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, num_words: int) -> None:
+        """`vocab_size`: tokens of the model; `num_words`: of llguidance's vocabulary, at least as many."""
         self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._bits = np.zeros((1, (vocab_size + 31) // 32), np.int32)
+        self._vocab_size, self._num_words = vocab_size, num_words
+        self._bits = np.zeros((num_words + 31) // 32, np.int32)
         self._done = 0
         self._wrong = False  # a token was consumed that the grammar has no place for
         self._forced: list[int] = []
@@ -59,7 +60,7 @@ class Grammar:
             self._done = length
 
     def fork(self) -> Grammar:
-        twin = Grammar(self._matcher.deep_copy(), self._vocab_size)
+        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._num_words)
         twin._done, twin._wrong, twin._forced = self._done, self._wrong, self._forced.copy()
         return twin
 
@@ -71,18 +72,18 @@ class Grammar:
     def forced(self) -> list[int]:
         """Tokens that are certain to come next: [] where there is a choice."""
         if not self._forced and not self._wrong and not self._matcher.is_stopped():
-            self._forced = list(self._matcher.compute_ff_tokens())
+            forced = list(self._matcher.compute_ff_tokens())
             self._check()
+            self._forced = forced if max(forced, default=0) < self._vocab_size else []
         return self._forced
 
     def mask(self) -> np.ndarray:
         """bool [vocab]: which tokens may come next, the end tokens where the output may end here."""
         if self._wrong:
             return np.zeros(self._vocab_size, bool)
-        row = self._bits[0]
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
-        bits = np.unpackbits(row.view(np.uint8), bitorder="little")
+        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
         mask: np.ndarray = bits[: self._vocab_size].view(bool)
         return mask
 
@@ -113,7 +114,7 @@ class GrammarCompiler:
             self._known[params] = matcher  # most recently used last
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
-            return Grammar(matcher.deep_copy(), self._vocab_size)
+            return Grammar(matcher.deep_copy(), self._vocab_size, self._vocabulary.vocab_size)
 
     def _matcher(self, params: StructuredOutputsParams) -> Any:
         try:

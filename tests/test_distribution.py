@@ -126,7 +126,7 @@ def test_the_example_service(demo: Path, tmp_path: Path) -> None:
         server.wait(20)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/chat.md", "docs/decoding.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/chat.md", "docs/decoding.md", "docs/sampling.md"])
 def test_the_readme_is_true(page: str, demo: Path) -> None:
     """Its Python snippets run on the demo package; its llmx commands name options that exist."""
     from click.testing import CliRunner

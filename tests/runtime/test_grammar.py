@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from llmx.runtime import LLM, MissingDependencyError, RequestError, SamplingParams, StructuredOutputsParams
+from llmx.runtime import LLM, AsyncLLM, MissingDependencyError, RequestError, SamplingParams, StructuredOutputsParams
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.history import History
@@ -246,6 +248,45 @@ def test_history_takes_tokens_back_and_forks(tokenizer: Tokenizer) -> None:
     assert look(history) == look(fresh("ac777"))
     assert history.forced() == []
     assert fresh().forced() == tokenizer.encode("a")
+
+
+def test_a_tokenizer_with_more_tokens_than_its_model(tmp_path: Path) -> None:
+    """Special tokens that no row of the model stands for: the mask has another size than the logits."""
+    write_tokenizer(tmp_path)
+    small = Tokenizer.load(tmp_path, TokenizerInfo(eos_token_ids=[0]))
+    size = small.vocab_size
+    small._backend.add_special_tokens([f"<|extra{n}|>" for n in range(70)])
+    assert small.vocab_size == size + 70
+    engine = Engine(FakeBackend(1, 400, size), small, 16)
+    params = structured(json=POINT, disable_any_whitespace=True).resolved({})
+    [sequence] = run(engine, engine.add(None, [5], params))
+    jsonschema.validate(json.loads(sequence.text), POINT)
+
+
+def test_async_compiles_beside_the_event_loop(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[bool] = []
+    original = llm.engine.grammars._matcher
+
+    def spy(params: Any) -> Any:
+        compiled.append(threading.current_thread() is threading.main_thread())
+        return original(params)
+
+    async def work() -> None:
+        aio = AsyncLLM(llm=llm)
+        [out] = await aio.generate("KING:", structured(regex="x[ab]{4}"))
+        assert re.fullmatch("x[ab]{4}", out.outputs[0].text)
+        text = "".join([piece.text async for piece in aio.stream("KING:", structured(regex="y[ab]{4}"))])
+        assert re.fullmatch("y[ab]{4}", text)
+        with pytest.raises(RequestError, match="unclosed group"):
+            await aio.generate("KING:", structured(regex="(a"))
+        aio._stop = True  # the module's LLM stays open
+        aio._wake.set()
+        llm._driver.wake()
+        aio._thread.join()
+
+    monkeypatch.setattr(llm.engine.grammars, "_matcher", spy)
+    asyncio.run(work())
+    assert compiled == [False, False, False]
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
