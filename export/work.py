@@ -118,7 +118,7 @@ class Work:
         """The model to trace with this attention implementation, its vocabulary checked against the tokenizer's."""
         source = build_source(self.checkpoint, self.torch_dtype, self.options.adapter, attention)
         _check_vocabulary(source, self.folder, tokenizer_file)
-        if not self.target.on_device:
+        if not self.target.on_device and self.torch_dtype == torch.float32:  # the provider's only kernel
             use_operator(source)
         return source
 
