@@ -26,7 +26,7 @@ from llmx.runtime.units import human_bytes
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
-    help="Of weights, computation and state [default: fp32 on cpu, the checkpoint's on cuda].",
+    help="Of weights, computation and state [default: fp32 on cpu, on cuda the checkpoint's, fp16 for fp32 ones].",
 )
 @click.option(
     "--quantize",

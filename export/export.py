@@ -74,7 +74,9 @@ def _dtype(options: ExportOptions, target: Target, checkpoint: Checkpoint) -> st
             raise ExportError(f"There is no dtype {options.dtype!r}; choose one of {', '.join(DTYPES)}.")
         return DTYPES[options.dtype]
     own = str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch.")
-    return own if target.default_dtype is None and own in DTYPES.values() else target.default_dtype or "float16"
+    if target.default_dtype is None and own in DTYPES.values() and not (target.on_device and own == "float32"):
+        return own
+    return target.default_dtype or "float16"  # attention has no float32 kernel on a device
 
 
 def _verified(

@@ -53,6 +53,11 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
             graphs["candidates"] = candidates_graph(int(logits.shape[2]), logits.dtype)
         return graphs
 
+    if work.target.on_device and work.dtype == "float32":
+        work.warnings.append(
+            "onnxruntime's attention has no float32 kernel on CUDA, so this package runs on CPUs alone; export with "
+            "--dtype fp16 or bf16."
+        )
     graphs, hashed = work.write(source, make)
     vocab = int(graphs["prefill"].graph.outputs[0].shape[2])
     return work.manifest(

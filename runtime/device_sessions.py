@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def why_not_on_device(manifest: Manifest) -> str | None:
         return "its state is carried from call to call, which runs on the CPU so far; use --device cpu"
     if manifest.target != "cuda":
         return f"it was built for {manifest.target}; export the model with --target cuda"
+    if manifest.dtype == "float32":
+        return "onnxruntime's attention has no float32 kernel there; export the model with --dtype fp16 or bf16"
     if not any(info.role == "next_input_ids" for info in manifest.graphs["decode"].outputs):
         return "it was written by an older llmx; export it again"
     return None
@@ -111,7 +114,14 @@ def open_device_sessions(
             chosen = [(providers[0][0], {**providers[0][1], "enable_cuda_graph": "0"}), *providers[1:]]
         for weight, value in values.items():
             options.add_initializer(weight, value)
-        sessions[name] = open_session(folder / graph.file, options, chosen)
+        try:
+            sessions[name] = open_session(folder / graph.file, options, chosen)
+        except PackageError as error:
+            if not on_cuda or "graph capture" not in str(error):
+                raise
+            warnings.warn(f"{graph.file} has operators without a CUDA kernel; it runs slower for that", stacklevel=2)
+            chosen = [(providers[0][0], {**providers[0][1], "enable_cuda_graph": "0"}), *providers[1:]]
+            sessions[name] = open_session(folder / graph.file, options, chosen)
         check_session(sessions[name], graph, folder / graph.file)
         if on_cuda and sessions[name].get_providers()[0] != "CUDAExecutionProvider":
             raise ProviderError(

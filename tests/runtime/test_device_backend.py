@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,15 @@ from llmx.runtime import PackageError, ProviderError
 from llmx.runtime.backend import Backend, open_backend
 from llmx.runtime.device_backend import DeviceBackend
 from llmx.runtime.device_memory import HostMemory
-from llmx.runtime.device_sessions import open_device_sessions, open_on_device, upload_weights
+from llmx.runtime.device_sessions import (
+    open_device_sessions,
+    open_on_device,
+    upload_weights,
+    why_not_on_device,
+)
 from llmx.runtime.device_steps import Block, buckets
 from llmx.runtime.manifest import Manifest, load_manifest
-from llmx.runtime.providers import Device
+from llmx.runtime.providers import Device, resolve_device
 from llmx.runtime.state import plan_state
 from llmx.runtime.step_logits import StepLogits
 
@@ -227,5 +233,9 @@ def test_what_does_not_run_on_cuda_is_refused(demo: Path, folder: Path) -> None:
     with pytest.raises(PackageError, match="--target cuda"):
         open_on_device(demo, load_manifest(demo), Device("cuda", 0), None, 1)
     manifest: Manifest = load_manifest(folder)
+    with pytest.raises(PackageError, match="no float32 kernel"):
+        open_on_device(folder, manifest, Device("cuda", 0), None, 1)
+    assert resolve_device("auto", why_not_on_device(manifest) is None).kind == "cpu"
+    manifest = dataclasses.replace(manifest, dtype="float16")
     with pytest.raises(ProviderError, match=r"no NVIDIA driver|does not start|no CUDA device 99"):
         open_on_device(folder, manifest, Device("cuda", 99), None, 1)
