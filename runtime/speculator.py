@@ -13,7 +13,8 @@ from llmx.runtime.draft import DraftModel
 from llmx.runtime.errors import FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
-from llmx.runtime.sampling import Choice, choose
+from llmx.runtime.params import SamplingParams
+from llmx.runtime.sampling import Choice, choose, distribution
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import (
     Costs,
@@ -28,6 +29,9 @@ from llmx.runtime.speculation import (
 )
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
+
+#: Bytes of weights up to which a draft runs on one thread: waking others costs more than they save.
+_SMALL = 8 << 20
 
 #: Appends the token that a function chooses and says whether the sequence goes on.
 Take = Callable[[Sequence, Callable[[], Choice]], bool]
@@ -165,6 +169,8 @@ def open_speculator(
         raise FamilyError(f"{folder} is an {draft.family} model; a draft must be a decoder.")
     check_vocabularies(tokenizer, Tokenizer.load(folder, draft.tokenizer))
     length = min(backend.max_length, draft.model.context_length)
+    if draft.files["weights.data"].size <= _SMALL:
+        options["threads"] = 1
     model = open_backend(folder, draft, max_length=length, slots=backend.slots, **options)
     if not model.rewinds:
         model.close()
@@ -173,7 +179,25 @@ def open_speculator(
 
 
 def measure(backend: Backend, draft: Backend | None, guesses: int = 4, repeats: int = 5) -> Costs:
-    """What a pass costs here, measured on slots that hold nothing yet (some steps of each model)."""
+    """What a pass costs here, in the order in which a pass runs and with the choice of its tokens: some steps of each model
+    on slots that hold nothing yet.
+    """
+    if guesses + 1 > backend.max_length:
+        return Costs()
+    greedy = SamplingParams().resolved({})
+
+    def choices(rows: np.ndarray) -> None:
+        for row in rows:
+            distribution(row, greedy)
+
+    def judging() -> None:
+        choices(backend.prefill(0, many, 0, np.arange(len(many))))
+
+    def guessing() -> None:
+        for _ in range(guesses if draft is not None else 0):
+            assert draft is not None
+            choices(draft.decode(one, one).rows())
+        judging()
 
     def seconds(run: Callable[[], object]) -> float:
         times = []
@@ -184,9 +208,7 @@ def measure(backend: Backend, draft: Backend | None, guesses: int = 4, repeats: 
         return min(times)
 
     one, many = np.zeros(1, np.int64), np.zeros(guesses + 1, np.int64)
-    if guesses + 1 > backend.max_length:
-        return Costs()
-    step = seconds(lambda: backend.decode(one, one).rows())
-    judging = seconds(lambda: backend.prefill(0, many, 0, np.arange(len(many))))
-    guess = 0.0 if draft is None else seconds(lambda: draft.decode(one, one).rows()) / step
-    return Costs(max(judging / step - 1, 0.0) / guesses, guess)
+    step = seconds(lambda: choices(backend.decode(one, one).rows()))
+    judged = seconds(judging)
+    position = max(judged / step - 1, 0.0) / guesses
+    return Costs(position, max(seconds(guessing) - judged, 0.0) / guesses / step if draft is not None else 0.0)
