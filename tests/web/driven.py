@@ -42,7 +42,7 @@ class Page:
         script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)"
         return list(self.browser.execute_script(script, css))
 
-    def wait(self, condition: Any, seconds: float = 10) -> Any:
+    def wait(self, condition: Any, seconds: float = 30) -> Any:
         return WebDriverWait(self.browser, seconds, 0.03).until(lambda _: condition())
 
     def run(self, script: str, *arguments: Any) -> Any:

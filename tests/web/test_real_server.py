@@ -67,11 +67,16 @@ def test_a_conversation(page: Page, server: Running) -> None:
 
 def test_stopping_frees_the_slot(page: Page, server: Running) -> None:
     setting(page, max_tokens=900, temperature=1)
-    page.run("const { newChat } = await import('/static/js/chat.js'); newChat()")
+    page.run(  # an answer that does not end by itself
+        """const send = window.fetch;
+        window.fetch = (path, options) =>
+            send(path, options?.body ? { ...options, body: JSON.stringify({ ...JSON.parse(options.body), ignore_eos: true }) } : options);"""
+    )
     page.say("Speak on, and never end.", wait=False)
     page.wait(lambda: len(page.messages()) == 2 and len(page.messages()[1][1]) > 20)
     page["#composer-text"].send_keys(Keys.ESCAPE)
     page.idle()
+    assert "stopped" in page.stats()
     server.wait_idle(5)
 
 
