@@ -46,6 +46,8 @@ bench: setup
 	for dtype in fp32 int8 int4; do $(BIN)/python benchmarks/decode.py --shape smollm2-135m --dtype $$dtype || exit 1; done
 	$(BIN)/python benchmarks/coldstart.py --shape smollm2-135m --dtype int4
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/host.py
+	for part in closed peer rates; do $(BIN)/python benchmarks/serving.py $$part || exit 1; done
 	$(BIN)/python benchmarks/export.py --shape smollm2-135m
 	$(BIN)/python benchmarks/memory.py --shape smollm2-135m
 	$(BIN)/python benchmarks/page.py

@@ -57,6 +57,8 @@ PACKAGES = {
         "openvino-tokenizers==2026.4.1.0", "nncf==3.4.0", "optimum-intel==2.2.0",
     ],
 }  # fmt: skip
+#: What is taken out again: a dependency by name alone, whose wheels do not always fit torch's and then fail on import.
+REMOVED = {"openvino": "torchvision"}
 #: Where each engine is installed; those not named run where the benchmark does.
 VENV = {"llama.cpp": "llama", "onnxruntime-genai": "genai", "openvino-genai": "openvino"}
 #: Engines and the weights they can be given, the longest names first.
@@ -260,6 +262,9 @@ def setup(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         if subprocess.run(command, env=environment, check=False).returncode:
             fail(f"pip could not install {', '.join(packages)} into {folder}; its message is above.")
+        if name in REMOVED:
+            removal = [str(folder / "bin" / "python"), "-m", "pip", "uninstall", "-y", REMOVED[name]]
+            run_quietly(removal, f"Removing {REMOVED[name]}")
         stamp.write_text("\n".join(packages) + "\n")
         print(f"{folder} is ready ({time.perf_counter() - start:.0f} s).")
 
