@@ -86,7 +86,7 @@ def command(ctx: click.Context, onnx: str | None, as_json: bool, plot: Path | No
         from llmx.bench.plot import sweep
 
         try:
-            sweep(report["points"], f"{report['package']['name']}, {report['package']['dtype']}", plot)
+            sweep(report["points"], f"{report['package']['name']}, {_weights(report['package'])}", plot)
         except OSError as error:
             raise click.ClickException(f"{plot} cannot be written: {reason(error)}.") from None
     if as_json:
@@ -95,13 +95,20 @@ def command(ctx: click.Context, onnx: str | None, as_json: bool, plot: Path | No
         _print(report)
 
 
+def _weights(package: dict[str, Any]) -> str:
+    """float32, or float32 with int4 weights."""
+    bits = (package["quantization"] or {}).get("bits")
+    return f"{package['dtype']}, int{bits} weights" if bits else str(package["dtype"])
+
+
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     package, points = report["package"], report["points"]
-    table = Table(title=f"{package['name']}, {package['dtype']}, {package['threads']} threads", title_justify="left")
+    title = f"{package['name']}, {_weights(package)}, {package['threads']} threads"
+    table = Table(title=title, title_justify="left")
     rows = _encoder_rows(points) if package["family"] == "encoder" else _rows(points)
     for name in rows[0]:
         table.add_column(name, justify="right")
