@@ -20,7 +20,7 @@ from llmx.runtime.errors import MissingDependencyError, RequestError
 @click.option(
     "--text-file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also compare the perplexity of both on this UTF-8 text.",
+    help="Also compare the perplexity of both on this UTF-8 text (encoder-decoders: lines of source, tab, target).",
 )
 @click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of the text to read.")
 @click.option(
@@ -97,7 +97,10 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         rows.append(("greedy tokens equal", _generation(report.generation)))
     if report.perplexity is not None:
         p = report.perplexity
-        over = f"over {p['tokens']:,} tokens (windows of {p['window']:,}, stride {p['stride']:,})"
+        read = (
+            f"of {p['targets']:,} targets" if "targets" in p else f"windows of {p['window']:,}, stride {p['stride']:,}"
+        )
+        over = f"over {p['tokens']:,} tokens ({read})"
         rows.append(("perplexity", f"{p['onnx']:.4f} ONNX, {p['pytorch']:.4f} PyTorch {over}"))
     return rows
 

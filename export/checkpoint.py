@@ -44,11 +44,47 @@ class Checkpoint:
         """transformers' class that builds the model for the task."""
         import transformers
 
-        return getattr(transformers, TASKS[self.task])
+        auto = getattr(transformers, TASKS[self.task])
+        if self.task == "generate" and not _mapped(self.config, "generate"):
+            return _Generator(_generating_class(self.config))
+        return auto
 
     @property
     def short_name(self) -> str:
         return self.name.rstrip("/").rpartition("/")[2]
+
+
+class _Generator:
+    """A class of transformers that generates and is in no causal-LM mapping (the models that see or hear, and their text
+    halves), under an auto class's interface. Given text alone, such a model is its text tower.
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def from_config(self, config: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self.kind._from_config(config, **options)
+
+    def from_pretrained(self, path: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self.kind.from_pretrained(path, **options)
+
+
+def _mapped(config: Any, task: str) -> bool:
+    import transformers
+
+    remote = getattr(config, "auto_map", None) or {}
+    return type(config) in getattr(transformers, TASKS[task])._model_mapping or TASKS[task] in remote
+
+
+def _generating_class(config: Any) -> Any:
+    """The class that a config's `architectures` names, where it is transformers' own, is built from that config and
+    generates text; else None.
+    """
+    import transformers
+
+    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    generates = getattr(kind, "can_generate", None)
+    return kind if generates is not None and generates() and kind.config_class is type(config) else None
 
 
 def open_checkpoint(
@@ -126,18 +162,17 @@ def _task(config: Any, folder: Path, model: str, wanted: str) -> str:
     from transformers.models.auto import modeling_auto
 
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    remote = getattr(config, "auto_map", None) or {}
+    seq2seq = getattr(config, "is_encoder_decoder", False)
 
     def can(task: str) -> bool:
-        import transformers
-
-        return type(config) in getattr(transformers, TASKS[task])._model_mapping or TASKS[task] in remote
+        if task == "generate" and not seq2seq and _generating_class(config) is not None:
+            return True
+        return _mapped(config, task)
 
     def named_in(mapping: str) -> bool:
         names = getattr(modeling_auto, mapping).values()
         return any(architecture in (name if isinstance(name, (tuple, list)) else (name,)) for name in names)
 
-    seq2seq = getattr(config, "is_encoder_decoder", False)
     if seq2seq and wanted in ("auto", "generate"):
         wanted = "transcribe" if can("transcribe") and not can("seq2seq") else "seq2seq"
     if seq2seq and wanted not in ("seq2seq", "transcribe"):

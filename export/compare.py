@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmx.export.agreement import token_agreement
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
-from llmx.export.compare_encoders import compare_encoder, compare_seq2seq
+from llmx.export.compare_encoders import compare_encoder
+from llmx.export.compare_seq2seq import compare_seq2seq
 from llmx.export.dequantized import exact_copy, quantized_matrices, use_package_weights
 from llmx.export.differences import Differences, Spot
 from llmx.export.pair import LENGTHS, CompareOptions, Pair, Report, Stage
@@ -43,11 +45,11 @@ def compare(options: CompareOptions, stage: Stage = lambda _: None) -> Report:
     if options.integrity:
         stage("Hashing the package")
         check_hashes(folder, manifest)
-    if options.text is not None and manifest.family != "decoder":
+    if options.text is not None and manifest.family == "encoder":
         raise RequestError(
-            f"Perplexity is for decoders, and {options.onnx} is an {manifest.family}; leave --text-file out."
+            f"Perplexity is for models that generate, and {options.onnx} is an encoder; leave --text-file out."
         )
-    if manifest.dtype == "bfloat16":  # cannot_verify's sentence sends its readers here
+    if manifest.dtype == "bfloat16":
         raise MachineError(
             f"{options.onnx} is bfloat16, which the CPU provider cannot run; compare an fp32 or fp16 export."
         )
@@ -202,34 +204,14 @@ def _teacher_forced(backend: Any, paths: list[ReferencePath], steps: int, differ
 
 
 def _generate(llm: LLM, paths: list[ReferencePath], steps: int, tolerance: float) -> dict[str, Any]:
-    """Free-running greedy tokens of all rows in a ragged batch, beside transformers'. After its first other token a row
-    follows its own text, so agreement counts the tokens before it.
-    """
+    """Free-running greedy tokens of all rows in a ragged batch, beside transformers'."""
     prompts = [path.tokens[: path.prompt_length].tolist() for path in paths]
-    params = SamplingParams(max_tokens=steps, ignore_eos=True).resolved({})  # greedy, whatever the package's defaults
-    agreed, identical, first, within = 0, 0, None, True
-    for row, (path, out) in enumerate(zip(paths, llm.generate(prompts, params), strict=True)):
-        want, got = path.tokens[path.prompt_length :], np.array(out.outputs[0].token_ids)
-        other = np.flatnonzero(got != want)
-        agreed += int(other[0]) if len(other) else len(want)
-        identical += not len(other)
-        if not len(other):
-            continue
-        at = int(other[0])
-        logits = path.logits[path.prompt_length + at - 1]
-        lead = float(logits[want[at]] - logits[got[at]])
-        tie = lead <= 2 * tolerance * max(1.0, float(np.abs(logits).max()))
-        within = within and tie
-        if first is None or (first["tie"] and not tie):
-            first = {"row": row, "token": at, "pytorch": int(want[at]), "onnx": int(got[at]), "lead": lead, "tie": tie}
-    return {
-        "prompt_lengths": [path.prompt_length for path in paths],
-        "tokens_per_row": steps,
-        "identical_rows": identical,
-        "agreement": agreed / max(1, steps * len(paths)),
-        "first_difference": first,
-        "within_tolerance": within,
-    }
+    params = SamplingParams(max_tokens=steps, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True)
+    got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+    lengths = [path.prompt_length for path in paths]
+    wanted = [path.tokens[path.prompt_length :] for path in paths]
+    chosen = [path.logits[path.prompt_length - 1 : -1] for path in paths]
+    return token_agreement(wanted, chosen, got, lengths, tolerance)
 
 
 def _tokens_of(spot: Spot, paths: list[ReferencePath], text: np.ndarray | None, window: int, chunk: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders beside PyTorch."""
+"""Encoders beside PyTorch."""
 
 from __future__ import annotations
 
@@ -8,43 +8,7 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.differences import Differences
 from llmx.export.encoder import EncoderModule, build_module, read_head, takes_token_types
 from llmx.export.pair import LENGTHS, Pair, Report, Stage
-from llmx.export.seq2seq import Sources
-from llmx.export.seq2seq import greedy as seq2seq_greedy
-from llmx.export.verify import _NEW_TOKENS
 from llmx.runtime import LLM
-
-
-def compare_seq2seq(pair: Pair, stage: Stage) -> Report:
-    """Teacher-forced along transformers' greedy path (for speech: along random tokens). The layer is not looked for."""
-    info, options = pair.manifest.seq2seq, pair.options
-    assert info is not None
-    stage("Loading the package")
-    longest = min(pair.manifest.model.context_length, 2048)
-    lengths = [min(n, info.max_source_length) for n in (*LENGTHS[1:], *LENGTHS[:1])]
-    lengths = (lengths * options.prompts)[: options.prompts]
-    differences = Differences(pair.tolerance)
-    with LLM(pair.folder, device="cpu", max_length=longest, slots=len(lengths), threads=options.threads) as llm:
-        steps = min(_NEW_TOKENS, llm.max_length - len(info.decoder_prompt))
-        stage("Comparing")
-        for row, length in enumerate(lengths):
-            random = torch.Generator().manual_seed(1000 * options.seed + row)
-            if info.audio is None:
-                source = torch.randint(0, info.source_vocab_size, (1, length), generator=random)
-                tokens = seq2seq_greedy(pair.model, source, info.decoder_prompt, steps)
-                inputs = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-            else:
-                shape = Sources(info.audio).example(0, torch.float32)["input_features"].shape
-                source = torch.randn(shape, generator=random)
-                tokens = torch.randint(0, llm.backend.vocab_size, (1, steps), generator=random)
-                inputs = {"input_features": source}
-            want = pair.model(**inputs, decoder_input_ids=tokens, use_cache=False).logits[0].float().numpy()
-            llm.backend.encode(row, source[0].numpy())
-            path = tokens[0].numpy()
-            differences.add(llm.backend.prefill(row, path, 0, np.arange(len(path))), want, row, 0, "decode")
-    report = pair.report(differences)
-    if not report.passed:
-        report.parting = "The layer is not looked for in encoder-decoders."
-    return report
 
 
 def compare_encoder(pair: Pair, stage: Stage) -> Report:

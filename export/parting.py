@@ -65,22 +65,67 @@ def find_parting(
             None,
             f"Run by itself, without batch or chunks, the {graph} graph agrees with PyTorch: the state is what differs.",
         )
-    errors = [min((_distance(value, state) for value in values), default=np.inf) for state in states]
-    return _verdict(errors, threshold)
+    return _verdict(_errors(states, values), threshold)
 
 
-def _verdict(errors: list[float], threshold: float) -> Parting:
-    """From the distances of the embeddings and of each layer's output."""
+def find_seq2seq_parting(
+    folder: Path,
+    manifest: Manifest,
+    model: Any,
+    source: np.ndarray,
+    tokens: np.ndarray,
+    reference: Callable[[], np.ndarray],
+    tolerance: float,
+    threshold: float,
+    threads: int | None,
+) -> Parting:
+    """As `find_parting`, for an encoder-decoder: the encoder's layers on `source` (int64 [n], or features [mels, frames]),
+    then the decoder's on int64 `tokens` after it. `reference` runs PyTorch's `model` on both and returns its logits.
+    """
+    with watched(model.get_encoder()) as heard, watched(model.get_decoder()) as said:
+        want = reference()
+    if len(heard) < 2 or len(said) < 2:
+        return Parting(None, "The layer cannot be told: the model keeps its layers in no list that was found.")
+    try:
+        encoder, added = _exposed(folder, manifest, "encoder", int(heard[0].shape[-1]), threads)
+        cross = [(tensor.input, tensor.output) for tensor in manifest.state if tensor.layout == "cross"]
+        [name] = [info.name for info in encoder.get_inputs()]
+        wanted = [*added, *(output for _, output in cross)]
+        results = dict(zip(wanted, encoder.run(wanted, {name: source[None]}), strict=True))
+        state = {name: results[output] for name, output in cross}
+        got, values = graph_values(folder, manifest, "decode", tokens, int(said[0].shape[-1]), threads, state)
+    except Exception as error:  # as in find_parting
+        return Parting(None, f"The layer cannot be told: the graphs do not run by themselves ({_line(error)}).")
+    written = [_rows(results[name])[-_POSITIONS:].astype(np.float32) for name in added]
+    verdict = _verdict(_errors(heard, written), threshold, "the encoder's ")
+    if verdict.layer is not None or _errors(heard, written)[-1] > threshold:
+        return verdict
+    if float(np.abs(got[:, : want.shape[1]] - want).max()) <= tolerance * max(1.0, float(np.abs(want).max())):
+        return Parting(None, "Run by themselves, the graphs agree with PyTorch: the state is what differs.")
+    return _verdict(_errors(said, values), threshold, "the decoder's ")
+
+
+def _errors(states: list[np.ndarray], values: list[np.ndarray]) -> list[float]:
+    """How far each state is from the value nearest to it."""
+    alike = [[value for value in values if value.shape == state.shape] for state in states]
+    return [min((_distance(v, s) for v in vs), default=np.inf) for s, vs in zip(states, alike, strict=True)]
+
+
+def _verdict(errors: list[float], threshold: float, side: str = "") -> Parting:
+    """From the distances of the embeddings and of each layer's output. `side`: whose layers, where a model has two kinds."""
     agreeing = [index for index, error in enumerate(errors) if error <= threshold]
     last = max(agreeing, default=-1)
     if last == len(errors) - 1:
-        return Parting(None, "They part after the last layer (final norm or output head).")
+        return Parting(None, f"They part after {side or 'the '}last layer (final norm or output head).")
     if last == -1:
-        return Parting(None, "They part before layer 0 (the embeddings), or no layer's output is found in the graph.")
+        return Parting(
+            None, f"They part before {side}layer 0 (the embeddings), or no layer's output is found in the graph."
+        )
     before = "the embeddings" if last == 0 else f"layer {last - 1}"
     final = ", or in the final norm" if last == len(errors) - 2 else ""
     return Parting(
-        last, f"They part in layer {last} of 0 … {len(errors) - 2}{final}: {before} still agree{'s' * (last > 0)}."
+        last,
+        f"They part in {side}layer {last} of 0 … {len(errors) - 2}{final}: {before} still agree{'s' * (last > 0)}.",
     )
 
 
@@ -101,6 +146,8 @@ def watched(model: Any) -> Iterator[list[np.ndarray]]:
     def keep(value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
         if isinstance(tensor, torch.Tensor) and tensor.ndim == 3:
+            if tensor.shape[1] == 1 < tensor.shape[0]:  # positions first, in older models
+                tensor = tensor.transpose(0, 1)
             states.append(tensor[0, -_POSITIONS:].detach().float().numpy().copy())
 
     def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -118,26 +165,38 @@ def watched(model: Any) -> Iterator[list[np.ndarray]]:
 
 
 def _layers(model: Any) -> list[Any]:
-    """The outermost list of as many modules as the config has layers."""
+    """The outermost list of as many modules as the config has layers; in half of an encoder-decoder, the outermost list."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = (list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    return next(lists, [])
+    half = getattr(model.config, "is_encoder_decoder", False)
+    found = (list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return next((layers for layers in found if half or len(layers) == count), [])
 
 
-def graph_values(
-    folder: Path, manifest: Manifest, graph: str, tokens: np.ndarray, hidden: int, threads: int | None
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Run a graph on int64 [n] `tokens` from an empty state: its first output (float32 [n, width], or [1, width] of an
-    encoder that gives one vector), and every value of the hidden size, float32 [last positions, hidden].
-    """
+def _exposed(folder: Path, manifest: Manifest, graph: str, hidden: int, threads: int | None) -> tuple[Any, list[str]]:
+    """A session of a graph, opened in memory, with every value of the `hidden` size as a further output, and their names."""
     model = ir.load(folder / manifest.graphs[graph].file)
     added = _expose(model, hidden)
     options = session_options(SessionSettings(threads))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     proto = ir.serde.serialize_model(model).SerializeToString()
-    session = import_onnxruntime().InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    return import_onnxruntime().InferenceSession(proto, options, providers=["CPUExecutionProvider"]), added
+
+
+def graph_values(
+    folder: Path,
+    manifest: Manifest,
+    graph: str,
+    tokens: np.ndarray,
+    hidden: int,
+    threads: int | None,
+    cross: dict[str, np.ndarray] | None = None,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Run a graph on int64 [n] `tokens` from an empty state (but for `cross`, by input): its first output (float32 [n, width], or [1, width] of an
+    encoder that gives one vector), and every value of the hidden size, float32 [last positions, hidden].
+    """
+    session, added = _exposed(folder, manifest, graph, hidden, threads)
     stepwise = graph == "decode"
-    feeds = _empty_state(manifest, len(tokens))
+    feeds = _empty_state(manifest, len(tokens)) | (cross or {})
     first = manifest.graphs[graph].outputs[0].name
     state = [(t.input, t.output) for t in manifest.state if stepwise and t.layout != "cross"]
     wanted = [first, *added, *(output for _, output in state)]

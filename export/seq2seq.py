@@ -109,8 +109,9 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
             try:
                 example = sources.example(source, model.dtype)
                 mask = {"attention_mask": torch.ones_like(example["input_ids"])} if "input_ids" in example else {}
-                output = model(
-                    **example,
+                encoded = model.get_encoder()(**example, **mask, return_dict=True)
+                model(
+                    encoder_outputs=encoded,
                     **mask,
                     decoder_input_ids=torch.ones(1, target, dtype=torch.long),
                     past_key_values=cache,
@@ -122,7 +123,7 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
             except Exception as error:
                 raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
             caches.append(cache)
-            width = int(output.encoder_last_hidden_state.shape[-1])
+            width = int(encoded.last_hidden_state.shape[-1])
     first, second = caches
     own = _carried(first.self_attention_cache, second.self_attention_cache, _TARGET, "decoder")
     cross = _carried(first.cross_attention_cache, second.cross_attention_cache, _SOURCE, "encoder")
@@ -152,11 +153,18 @@ class EncoderModule(torch.nn.Module):
         self, input_ids: torch.Tensor | None = None, input_features: torch.Tensor | None = None
     ) -> dict[str, Any]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        more = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
-        if self.masked and input_ids is not None:
-            more["attention_mask"] = torch.ones_like(input_ids)
+        source = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
+        mask = {"attention_mask": torch.ones_like(input_ids)} if self.masked and input_ids is not None else {}
+        encoded = self.model.get_encoder()(**source, **mask, return_dict=True)  # as `generate` does
         token = torch.full((1, 1), self.start)
-        self.model(decoder_input_ids=token, past_key_values=cache, use_cache=True, **more)
+        self.model(
+            encoder_outputs=encoded,
+            decoder_input_ids=token,
+            past_key_values=cache,
+            use_cache=True,
+            **mask,
+            return_dict=True,
+        )
         layers = cache.cross_attention_cache.layers
         return {"present": [tensor.read(layers[tensor.layer]) for tensor in self.state.cross.tensors]}
 
@@ -270,11 +278,17 @@ def describe_seq2seq(
     )
 
 
-def greedy(model: Any, source: torch.Tensor, prompt: list[int], new_tokens: int) -> torch.Tensor:
-    """transformers' greedy `generate` for exactly `new_tokens` tokens after the decoder's `prompt`: [1, all tokens]."""
+def greedy(
+    model: Any, source: torch.Tensor, prompt: list[int], new_tokens: int, info: Seq2SeqInfo | None = None
+) -> torch.Tensor:
+    """transformers' greedy `generate` for exactly `new_tokens` tokens after the decoder's `prompt`: [1, all tokens]. With
+    `info`, tokens are suppressed as it says.
+    """
     from transformers import GenerationConfig
 
+    suppressed = {} if info is None else _suppressed(info)
     settings = GenerationConfig(
+        **suppressed,
         do_sample=False,
         num_beams=1,
         max_new_tokens=new_tokens,
@@ -294,6 +308,29 @@ def greedy(model: Any, source: torch.Tensor, prompt: list[int], new_tokens: int)
         finally:
             model.generation_config = original
     return tokens
+
+
+def _suppressed(info: Seq2SeqInfo) -> dict[str, list[int]]:
+    return {
+        name: tokens
+        for name in ("suppress_tokens", "begin_suppress_tokens")
+        if (tokens := getattr(info, name))  # an empty list is an error to transformers
+    }
+
+
+def speech_greedy(
+    model: Any, features: torch.Tensor, prompt: list[int], new_tokens: int, info: Seq2SeqInfo
+) -> torch.Tensor:
+    """Greedy tokens after `prompt` for float32 [1, mels, frames], suppressed as `info` says: [1, all tokens]. Without
+    Whisper's own `generate`, which cuts sound and prompts itself.
+    """
+    with torch.no_grad():
+        encoded, ids = model.get_encoder()(features), torch.tensor([prompt])
+        for step in range(new_tokens):
+            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[0, -1].float()
+            logits[info.suppress_tokens + (info.begin_suppress_tokens if step == 0 else [])] = -torch.inf
+            ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
+    return ids
 
 
 def verify_seq2seq(

@@ -35,7 +35,7 @@ def cannot_verify(manifest: Manifest) -> str | None:
     from llmx.runtime.machine import available_memory
 
     if manifest.dtype == "bfloat16":
-        return "the CPU provider has no bfloat16 kernels; run `llmx verify` on a GPU machine"
+        return "the CPU provider has no bfloat16 kernels; an fp32 or fp16 export of the checkpoint can be compared"
     weights = manifest.files["weights.data"].size
     needed = 4 * manifest.model.parameters + 2 * weights
     free = available_memory()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -175,17 +176,66 @@ def test_encoders(tmp_path: Path) -> None:
     report = numbers(verify(made, other, "--json"), code=1)
     assert report["layer"] == 1 and report["reason"].startswith("Embeddings differ: ")
     (tmp_path / "text").write_text(TEXT)
-    refused(verify(made, tmp_path / "bert", "--text-file", tmp_path / "text"), "Perplexity is for decoders", 2)
+    refused(
+        verify(made, tmp_path / "bert", "--text-file", tmp_path / "text"), "Perplexity is for models that generate", 2
+    )
+
+
+PAIRS = "translate this\tin other words\n\nto be or not\tthat is the question: whether\n"
+PARTS = {
+    "encoder.block.1.layer.1.DenseReluDense.wo.weight": (1, "the encoder's layer 1 of 0 … 2"),
+    "decoder.block.0.layer.1.EncDecAttention.k.weight": (0, "the decoder's layer 0 of 0 … 2"),
+    "decoder.block.2.layer.2.DenseReluDense.wo.weight": (2, "the decoder's layer 2 of 0 … 2"),
+    "decoder.final_layer_norm.weight": (None, "after the decoder's last layer"),
+}
 
 
 def test_encoder_decoders(tmp_path: Path) -> None:
-    source = save_checkpoint(make_seq2seq("t5"), tmp_path / "t5")
+    model = make_seq2seq("t5")
+    model.generation_config.suppress_tokens = [7, 9]
+    source = save_checkpoint(model, tmp_path / "t5")
     made = export_model(ExportOptions(str(source), tmp_path / "package")).path
-    report = numbers(verify(made, source, "--json"))
-    assert report["passed"] and report["family"] == "encoder-decoder"
-    other = altered(source, tmp_path / "other", "decoder.block.1.layer.2.DenseReluDense.wo.weight")
-    report = numbers(verify(made, other, "--json"), code=1)
-    assert report["layer"] is None and "encoder-decoders" in report["parting"]
+    (tmp_path / "pairs").write_text(PAIRS)
+    report = numbers(verify(made, source, "--json", "--text-file", tmp_path / "pairs", "--prompts", 3))
+    assert report["passed"] and report["family"] == "encoder-decoder" and report["layer"] is None
+    generation, perplexity = report["generation"], report["perplexity"]
+    assert generation["agreement"] == 1 and generation["identical_rows"] == 3
+    assert perplexity["tokens"] > 20 and perplexity["targets"] == 2
+    assert perplexity["onnx"] == pytest.approx(perplexity["pytorch"], rel=1e-5)
+    assert perplexity["pytorch"] == pytest.approx(of_targets(model, source), rel=1e-5)
+    assert "of 2 targets" in verify(made, source, "--text-file", tmp_path / "pairs", "--prompts", 1).output
+    for index, (weight, (layer, words)) in enumerate(PARTS.items()):
+        other = altered(source, tmp_path / f"other{index}", weight)
+        report = numbers(verify(made, other, "--json", "--prompts", 2), code=1)
+        assert report["layer"] == layer and words in report["parting"], (weight, report["parting"])
+    (tmp_path / "pairs").write_text("no target here")
+    refused(verify(made, source, "--text-file", tmp_path / "pairs"), "Line 1 of the text is not a source", 2)
+
+
+def of_targets(model: Any, source: Path) -> float:
+    """Perplexity of PAIRS by transformers' own loss."""
+    from transformers import AutoTokenizer
+
+    tokenizer, loss, count = AutoTokenizer.from_pretrained(source), 0.0, 0
+    for line in filter(None, PAIRS.splitlines()):
+        text, target = line.split("\t")
+        labels = tokenizer(text_target=target, return_tensors="pt").input_ids
+        with torch.no_grad():
+            loss += float(model(**tokenizer(text, return_tensors="pt"), labels=labels).loss) * labels.shape[1]
+        count += labels.shape[1]
+    return math.exp(loss / count)
+
+
+def test_a_wrong_runtime_is_told_from_a_wrong_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmx.runtime.engine import Engine
+
+    source = save_checkpoint(make_seq2seq("bart"), tmp_path / "bart")
+    made = export_model(ExportOptions(str(source), tmp_path / "package")).path
+    add = Engine.add
+    other = np.random.default_rng(0).integers(3, 300, 9)
+    monkeypatch.setattr(Engine, "add", lambda *a, **k: add(*a[:-1], other, **k))
+    report = numbers(verify(made, source, "--json", "--prompts", 2), code=1)
+    assert report["outputs"]["positions_past_tolerance"] == 0 and "the runtime, not the graph" in report["reason"]
 
 
 def test_bad_input_is_one_sentence(package: Get, checkpoint: Get, demo_checkpoint: Path, tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ RULES: dict[str, Any] = {
     "zero_expert_num": 2, "index_n_heads": 2, "index_head_dim": 16, "decoder_start_token_id": 0,
 }  # fmt: skip
 
+#: A drafter's text config: its layers read the keys and values of the model that it drafts for.
+_ASSISTANT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+    "num_kv_shared_layers": LAYERS,
+    "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+}  # fmt: skip
+
 #: What the rules alone do not make consistent: type -> fields.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "expand": 2},
@@ -38,7 +46,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2},
     "ministral": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "qwen4_exp_text": {"head_dim": 16, "num_key_value_heads": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_method": "greedy"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
@@ -63,12 +70,46 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "xmod": {"default_language": "en_XX"},
     "esm": {"vocab_size": VOCAB, "mask_token_id": 1, "pad_token_id": 0},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32]},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 32],
+        "num_buckets": [2, 4],
+    },
     "zaya": {"num_experts_per_tok": 1},
     "gptj": {"rotary_dim": 8},
     "codegen": {"rotary_dim": 8},
     "persimmon": {"num_key_value_heads": 4},
     "glm4_moe_lite": {"num_key_value_heads": 4},
+    "qwen4_exp_text": {
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+    },
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "num_hidden_layers": 2, "chunk_size": 16},
+    "zamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 0,
+        "layers_block_type": None,
+        "mamba_dt_rank": 8,
+        "n_mamba_heads": 2,
+    },
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "blt": {
+        "num_hidden_layers": LAYERS,  # of the class that PyTorch counts its cache by
+        "encoder_hash_byte_group_vocab": VOCAB,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
+    "gemma4_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
+    "gemma4_unified_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
 }
 
 
@@ -85,7 +126,10 @@ def shrink(model_type: str, decoder: bool = True) -> Any:
 def _shrunk(kind: Any, overrides: dict[str, Any]) -> Any:
     from transformers import PreTrainedConfig
 
-    default = kind()
+    try:
+        default = kind()
+    except Exception:  # its own defaults do not go together
+        return kind(**overrides)
     fields = {k: v for k, v in default.__dict__.items() if not k.startswith("_")}
     old_layers = next(
         (fields[n] for n in ("num_hidden_layers", "n_layer", "num_layers") if isinstance(fields.get(n), int)), None
@@ -94,7 +138,9 @@ def _shrunk(kind: Any, overrides: dict[str, Any]) -> Any:
     changed: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            changed[name] = _shrunk(type(value), {})
+            nested = overrides.get(name, {})
+            changed[name] = _shrunk(type(value), {**OVERRIDES.get(value.model_type, {}), **nested})
+            overrides = {k: v for k, v in overrides.items() if k != name}
         elif isinstance(value, list) and old_layers and len(value) == old_layers > LAYERS:
             changed[name] = _one_of_each(value)
         elif name in RULES and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -67,6 +67,8 @@ def examine_seq2seq(model_type: str, folder: Path) -> dict[str, Any]:
     sources = [torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 61, 23)]
     try:
         config = shrink(model_type.removesuffix(SEQ2SEQ), decoder=False)
+        if not config.is_encoder_decoder:  # a decoder that hears: its text tower
+            return examine(model_type.removesuffix(SEQ2SEQ), folder, AutoModelForSeq2SeqLM)
         config.pad_token_id, config.decoder_start_token_id = pad, start
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(config).eval()
@@ -132,7 +134,7 @@ def examine_masked(model_type: str, folder: Path) -> dict[str, Any]:
     return {**entry, "result": "exact", "reason": "", "max_abs_diff": made.manifest.verification.max_abs_diff}
 
 
-def examine(model_type: str, folder: Path) -> dict[str, Any]:
+def examine(model_type: str, folder: Path, auto_class: Any = None) -> dict[str, Any]:
     """result: "exact", "refused" (with the reason), "wrong", or "pytorch" (PyTorch itself does not run it small)."""
     import torch
     from llmx.export.verify import greedy
@@ -147,7 +149,7 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
     try:
         config = shrink(model_type)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = (auto_class or AutoModelForCausalLM).from_config(config).eval()
         widen(model, 0)
         model.generation_config.eos_token_id = None
         expected = [greedy(model, p, NEW_TOKENS)[0, p.shape[1] :].tolist() for p in prompts]
