@@ -90,10 +90,17 @@ def audio_info(checkpoint: Checkpoint) -> AudioInfo:
 
 
 class Seq2SeqState:
-    """What an encoder-decoder carries: its own state, the cross-attention state, and the width of the encoder's output."""
+    """What an encoder-decoder carries: its own state, the cross-attention state, and what its encoder returns (a class of
+    outputs, and their width).
+    """
 
-    def __init__(self, own: Carried, cross: Carried, width: int) -> None:
-        self.own, self.cross, self.width = own, cross, width
+    def __init__(self, own: Carried, cross: Carried, kind: type[Any], width: int) -> None:
+        self.own, self.cross, self.kind, self.width = own, cross, kind, width
+
+    def unread(self, cross: torch.Tensor) -> Any:
+        """An encoder's output for `cross` to be the keys or values of: read for its shape alone."""
+        length = cross.shape[self.cross.tensors[0].grows or 2]
+        return self.kind(last_hidden_state=cross.new_zeros(1, length, self.width))
 
     def describe(self) -> list[StateTensor]:
         return self.own.describe() + self.cross.describe()
@@ -102,7 +109,8 @@ class Seq2SeqState:
 def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
     """Run `model` at two lengths under fake tensors. Raises UnsupportedModelError where it keeps another kind of cache."""
     output_head(model)
-    caches, width = [], 0
+    caches: list[EncoderDecoderCache] = []
+    kind, width = BaseModelOutput, 0
     with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
         for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -123,11 +131,11 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
             except Exception as error:
                 raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
             caches.append(cache)
-            width = int(encoded.last_hidden_state.shape[-1])
+            kind, width = type(encoded), int(encoded.last_hidden_state.shape[-1])
     first, second = caches
     own = _carried(first.self_attention_cache, second.self_attention_cache, _TARGET, "decoder")
     cross = _carried(first.cross_attention_cache, second.cross_attention_cache, _SOURCE, "encoder")
-    return Seq2SeqState(own, cross, width)
+    return Seq2SeqState(own, cross, kind, width)
 
 
 def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) -> Carried:
@@ -181,10 +189,8 @@ class DecodeModule(torch.nn.Module):
         own = self.state.own
         cache = EncoderDecoderCache(own.cache(past), self.state.cross.cache(cross))
         cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
-        # Read for its shape alone: keys and values of the source are in the cache.
-        unread = cross[0].new_zeros(1, cross[0].shape[self.state.cross.tensors[0].grows or 2], self.state.width)
         logits = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=unread),
+            encoder_outputs=self.state.unread(cross[0]),
             decoder_input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental import symbolic_shapes
 
 
 def fake_tensors() -> FakeTensorMode:
     """Tensors without values, whose sizes may depend on values (they become symbols)."""
-    env = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    env = symbolic_shapes.ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
 
 
@@ -95,6 +95,15 @@ def _where(original: Callable[..., Any]) -> Callable[..., Any]:
     return where
 
 
+def _constrain(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A single token has one hit or none, and a graph traced for "some" is not for at most one: no upper bounds."""
+
+    def constrain(size: Any, min: int | None = None, max: int | None = None) -> None:
+        original(size, min)
+
+    return constrain
+
+
 def _getitem(original: Callable[..., Any]) -> Callable[..., Any]:
     """Complex tensors by their parts: ONNX has no complex Unsqueeze."""
 
@@ -107,8 +116,21 @@ def _getitem(original: Callable[..., Any]) -> Callable[..., Any]:
     return getitem
 
 
+def _module_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Routers convert their own weights in each call, to what they are: nothing to trace."""
+
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        same = len(args) == 1 and not kwargs and all(p.dtype == args[0] for p in self.parameters())
+        module: torch.nn.Module = self if same else original(self, *args, **kwargs)
+        return module
+
+    return to
+
+
 _SHIMS: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
     (torch.Tensor, "nonzero", _nonzero),
     (torch, "where", _where),
+    (torch.nn.Module, "to", _module_to),
+    (symbolic_shapes, "_constrain_range_for_size", _constrain),
     (torch.Tensor, "__getitem__", _getitem),
 ]

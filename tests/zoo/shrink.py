@@ -108,6 +108,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
     },
+    "nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
     "gemma4_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
 }

@@ -69,6 +69,8 @@ def examine_seq2seq(model_type: str, folder: Path) -> dict[str, Any]:
         config = shrink(model_type.removesuffix(SEQ2SEQ), decoder=False)
         if not config.is_encoder_decoder:  # a decoder that hears: its text tower
             return examine(model_type.removesuffix(SEQ2SEQ), folder, AutoModelForSeq2SeqLM)
+        if model_type.startswith("prophetnet"):
+            pad = 0  # its positions must begin at 1
         config.pad_token_id, config.decoder_start_token_id = pad, start
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(config).eval()
