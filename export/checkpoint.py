@@ -82,7 +82,7 @@ def _generating_class(config: Any) -> Any:
     """
     import transformers
 
-    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    kind: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
     generates = getattr(kind, "can_generate", None)
     return kind if generates is not None and generates() and kind.config_class is type(config) else None
 
