@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from llmx.runtime import SamplingParams
+
+
+def greedy_params(tokens: int) -> SamplingParams:
+    """Plain greedy decoding of so many tokens, whatever a package's defaults are (beams, penalties)."""
+    return SamplingParams(max_tokens=tokens, ignore_eos=True).resolved({})
 
 
 def token_agreement(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmx.export.agreement import token_agreement
+from llmx.export.agreement import greedy_params, token_agreement
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.compare_encoders import compare_encoder
 from llmx.export.compare_seq2seq import compare_seq2seq
@@ -25,7 +25,7 @@ from llmx.export.rope import length_rule
 from llmx.export.targets import cannot_verify
 from llmx.export.verify import _LONGEST, _NEW_TOKENS, TOLERANCE, ReferencePath, _logits, reference_path
 from llmx.export.weights import load_model
-from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM
 from llmx.runtime.backend import recompute
 from llmx.runtime.errors import CheckpointError, MachineError, RequestError, UnsupportedModelError, VerificationError
 from llmx.runtime.hub import resolve_package
@@ -206,8 +206,7 @@ def _teacher_forced(backend: Any, paths: list[ReferencePath], steps: int, differ
 def _generate(llm: LLM, paths: list[ReferencePath], steps: int, tolerance: float) -> dict[str, Any]:
     """Free-running greedy tokens of all rows in a ragged batch, beside transformers'."""
     prompts = [path.tokens[: path.prompt_length].tolist() for path in paths]
-    params = SamplingParams(max_tokens=steps, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True)
-    got = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+    got = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy_params(steps))]
     lengths = [path.prompt_length for path in paths]
     wanted = [path.tokens[path.prompt_length :] for path in paths]
     chosen = [path.logits[path.prompt_length - 1 : -1] for path in paths]

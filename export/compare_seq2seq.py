@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmx.export.agreement import token_agreement
+from llmx.export.agreement import greedy_params, token_agreement
 from llmx.export.differences import Differences, log_softmax
 from llmx.export.pair import LENGTHS, Pair, Report, Stage
 from llmx.export.parting import Parting, find_seq2seq_parting
 from llmx.export.seq2seq import Sources, greedy, speech_greedy
 from llmx.export.tokenizer import load_tokenizer
 from llmx.export.verify import _NEW_TOKENS
-from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM
 from llmx.runtime.errors import RequestError
 from llmx.runtime.manifest import Seq2SeqInfo
 
@@ -123,8 +123,7 @@ def _compare(llm: LLM, path: Path, row: int, differences: Differences) -> np.nda
 
 def _generate(llm: LLM, info: Seq2SeqInfo, paths: list[Path], steps: int, tolerance: float) -> dict[str, Any]:
     """Free-running greedy tokens of all sources in one batch, beside transformers'."""
-    params = SamplingParams(max_tokens=steps, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, ignore_eos=True)
-    params = params.resolved(llm.manifest.generation)
+    params = greedy_params(steps)
     start = len(info.decoder_prompt)
     requests = [llm.engine.add(None, info.decoder_prompt, params, None, path.source) for path in paths]
     got = [output.outputs[0].token_ids for output in llm._finished(requests)]

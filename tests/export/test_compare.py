@@ -193,6 +193,7 @@ PARTS = {
 def test_encoder_decoders(tmp_path: Path) -> None:
     model = make_seq2seq("t5")
     model.generation_config.suppress_tokens = [7, 9]
+    model.generation_config.num_beams, model.generation_config.repetition_penalty = 2, 1.3  # of no matter here
     source = save_checkpoint(model, tmp_path / "t5")
     made = export_model(ExportOptions(str(source), tmp_path / "package")).path
     (tmp_path / "pairs").write_text(PAIRS)
