@@ -8,6 +8,7 @@ is built on a device's memory runs, and is tested, without one.
 from __future__ import annotations
 
 import ctypes
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -312,27 +313,44 @@ class CudaMemory:
         self._check(self._driver.cuEventSynchronize(self._events[index]), "finish its work")
 
     def capture(self, run: Callable[[], None]) -> Any:
-        """A CUDA graph of the work; `run` itself, where it cannot be captured."""
+        """A CUDA graph of the work; `run` itself, where it cannot be captured.
+
+        Work of another thread, or a session that is collected meanwhile, may spoil a capture: it is tried three times.
+        """
+        reason = ""
+        for _ in range(3):
+            executable, reason = self._captured(run)
+            if executable is not None:
+                self._graphs.append(executable)
+                return executable
+        warnings.warn(f"steps run without a CUDA graph, which is slower ({reason})", stacklevel=2)
+        return run
+
+    def _captured(self, run: Callable[[], None]) -> tuple[ctypes.c_void_p | None, str]:
+        """The graph, or None and why not."""
         self.synchronize()
-        self._check(self._driver.cuStreamBeginCapture_v2(self._stream, _RELAXED), "capture a graph")
         error: Exception | None = None
+        collecting = gc.isenabled()
+        gc.disable()
         try:
-            run()
-        except Exception as failed:
-            error = failed
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        status = self._driver.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            self._check(self._driver.cuStreamBeginCapture_v2(self._stream, _RELAXED), "capture a graph")
+            try:
+                run()
+            except Exception as failed:
+                error = failed
+            graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+            status = self._driver.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+        finally:
+            if collecting:
+                gc.enable()
         if error is None and not status:
             flags = ctypes.c_ulonglong(0)
             status = self._driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, flags)
         if graph.value:
             self._driver.cuGraphDestroy(graph)
         if error is not None or status:
-            reason = " ".join(str(error or self._name(status)).split())[:200]
-            warnings.warn(f"steps run without a CUDA graph, which is slower ({reason})", stacklevel=2)
-            return run
-        self._graphs.append(executable)
-        return executable
+            return None, " ".join(str(error or self._name(status)).split())[:200]
+        return executable, ""
 
     def launch(self, captured: Any) -> None:
         if isinstance(captured, ctypes.c_void_p):
