@@ -116,6 +116,20 @@ def _getitem(original: Callable[..., Any]) -> Callable[..., Any]:
     return getitem
 
 
+def _squeeze(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Squeezing an axis of another size than 1 does nothing in PyTorch, and is an error in ONNX."""
+
+    def squeeze(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(args) == 1 and not kwargs and type(args[0]) is int:
+            size = self.shape[args[0]] if self.ndim else 1
+            if type(size) is int and size != 1:
+                return self
+        tensor: torch.Tensor = original(self, *args, **kwargs)
+        return tensor
+
+    return squeeze
+
+
 def _module_to(original: Callable[..., Any]) -> Callable[..., Any]:
     """Routers convert their own weights in each call, to what they are: nothing to trace."""
 
@@ -130,6 +144,7 @@ def _module_to(original: Callable[..., Any]) -> Callable[..., Any]:
 _SHIMS: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
     (torch.Tensor, "nonzero", _nonzero),
     (torch, "where", _where),
+    (torch.Tensor, "squeeze", _squeeze),
     (torch.nn.Module, "to", _module_to),
     (symbolic_shapes, "_constrain_range_for_size", _constrain),
     (torch.Tensor, "__getitem__", _getitem),

@@ -193,7 +193,7 @@ def _difference(expected: list[list[int]], single: list[list[int]], batch: list[
 
 def _line(error: BaseException) -> str:
     text = (
-        re.sub(r"\S*/sweep-.*?/checkpoint", "the checkpoint", " ".join(str(error).split()).replace(str(ROOT), ""))
+        re.sub(r"\S*/sweep-\S*?/(?:\.package\S*?/)?", "the ", " ".join(str(error).split()).replace(str(ROOT), ""))
         .replace("|", "/")
         .replace("<", "‹")
         .replace(">", "›")
