@@ -20,7 +20,7 @@ import torch
 from llmx.export.attention import IMPLEMENTATION
 from llmx.export.checkpoint import Checkpoint
 from llmx.export.lowering import quiet
-from llmx.export.packed_checkpoints import find_packed
+from llmx.export.packed_checkpoints import PackedTensor, find_packed
 from llmx.runtime.errors import CheckpointError, ExportError, UnsupportedModelError
 
 _DTYPES = {
@@ -220,6 +220,12 @@ def _check_packed(checkpoint: Checkpoint, adapter: Path | None, stored: dict[str
         raise UnsupportedModelError(
             f"{checkpoint.name} is already quantized, and its tensors do not belong to the model's layers one to one; export "
             "the original checkpoint, with --quantize."
+        )
+    if not any(isinstance(tensor, PackedTensor) for tensor in stored.values()):
+        assert checkpoint.packed is not None
+        raise UnsupportedModelError(
+            f"{checkpoint.name}'s config.json says that it is quantized ({checkpoint.packed.method}), and none of its tensors "
+            "is; take quantization_config out of config.json if its weights are the original ones."
         )
 
 

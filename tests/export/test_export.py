@@ -282,12 +282,16 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     refuses(UnsupportedModelError, r"modeling_dbrx\.py:\d+", tmp_path, tmp_path / "dbrx")
 
 
-def test_quantized_checkpoints_are_refused(fresh: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("gptq", r"quantized \(gptq\), and none of its tensors is"), ("bitsandbytes", "bitsandbytes")],
+)
+def test_quantized_checkpoints_are_refused(method: str, message: str, fresh: Path, tmp_path: Path) -> None:
     config = json.loads((fresh / "config.json").read_text())
     (fresh / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+        json.dumps({**config, "quantization_config": {"quant_method": method, "bits": 4}})
     )
-    refuses(UnsupportedModelError, "gptq", tmp_path, fresh)
+    refuses(UnsupportedModelError, message, tmp_path, fresh)
 
 
 def test_float16_overflow_is_refused(tmp_path: Path) -> None:
