@@ -133,13 +133,12 @@ class _Batch:
         self.ends: list[float] = []  # of the steps
         self.starts: list[float] = []
         self.requests: list[Request] = []
-        room = llm.max_length - point.depth - point.prompt
-        chunks = -(-(point.depth + point.prompt) // chunk)
         seq2seq = llm.manifest.seq2seq
         for index in range(point.batch):
-            most = min(point.steps + 1 + chunks * (point.batch - 1 - index), room)
-            params = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True)
             ids, source = self._input(rng) if seq2seq is not None else (self._prompt(rng), None)
+            chunks = -(-len(ids) // chunk)  # of each later request, beside which this one decodes
+            most = min(point.steps + 1 + chunks * (point.batch - 1 - index), llm.max_length - len(ids))
+            params = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True)
             resolved = params.resolved(llm.manifest.generation)
             self.starts.append(time.perf_counter())
             self.requests.append(llm.engine.add(None, ids, resolved, self._note(index), source))
