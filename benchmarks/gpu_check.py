@@ -5,7 +5,8 @@ Example:
 
 The reference is transformers on the same GPU in the same dtype, each row alone and recomputed from its whole text for each
 token. Where a row's token differs, the two best logits of PyTorch are given: rounding decides between equals. Rows are
-also compared with themselves: a step's logits with those of a prompt that ends there.
+also compared with themselves: a step's logits with those of a prompt that ends there, and requests that share a batch with
+the same alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from common import machine, make_parser, print_table, write_results
 
 STEPS = 40
+BATCHED = 40
 LENGTHS = (3, 17, 40, 80, 5, 29)
 
 
@@ -118,6 +120,34 @@ def check(checkpoint: Path, dtype: str, package: Path) -> list[dict[str, Any]]:
     return found
 
 
+def batched_and_alone(package: Path) -> dict[str, Any]:
+    """Greedy outputs of requests that share a batch, joining and leaving, beside those that each gets alone.
+
+    Where one differs: by how much the two best tokens differ there, over the largest logit of the row. Kernels are
+    chosen by the number of rows, so equals may be decided otherwise; anything larger is a mistake.
+    """
+    from llmx.runtime import LLM, SamplingParams
+
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(1, 1000, int(length)).tolist() for length in rng.integers(1, 120, BATCHED)]
+    params = [
+        SamplingParams(max_tokens=int(count), temperature=0.0, ignore_eos=True)
+        for count in rng.integers(20, 120, BATCHED)
+    ]
+    differences = []
+    with LLM(package, "cuda", max_length=256, slots=7) as llm:
+        alone = [llm.generate([ids], p)[0].outputs[0].token_ids for ids, p in zip(prompts, params, strict=True)]
+        for _ in range(2):
+            together = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
+            for ids, one, other in zip(prompts, alone, together, strict=True):
+                place = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+                if place is not None:
+                    row = llm.backend.prefill_last(0, np.array([*ids, *one[:place]]), 0).row(0).astype(np.float32)
+                    pair = row[[one[place], other[place]]]
+                    differences.append(float(abs(pair[0] - pair[1]) / np.abs(row).max()))
+    return {"requests": 2 * BATCHED, "equal": 2 * BATCHED - len(differences), "gaps_where_not": differences}
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
@@ -130,9 +160,11 @@ def main() -> None:
     started = {**machine(), "gpu": torch.cuda.get_device_name()}
     started["versions"] |= {"onnxruntime": onnxruntime.__version__}  # the GPU's, whatever else is installed
     found: list[dict[str, Any]] = []
+    batched: list[dict[str, Any]] = []
     for pair in args.package:
         dtype, _, folder = pair.partition("=")
         found += check(args.checkpoint, dtype, Path(folder))
+        batched.append({"dtype": dtype, **batched_and_alone(Path(folder))})
     rows = [
         [
             f["dtype"],
@@ -158,7 +190,19 @@ def main() -> None:
         "rows": rows,
     }
     print_table(table["title"], columns, rows)
-    result = {"title": "Greedy tokens beside PyTorch", "section": "CUDA", "tables": [table], "checks": found}
+    shared = {
+        "title": "requests that share a batch of 7 rows, joining and leaving, beside each alone",
+        "columns": ["dtype", "equal outputs", "gap of the two tokens where not, of the largest logit"],
+        "rows": [
+            [b["dtype"], f"{b['equal']} of {b['requests']}", ", ".join(f"{g:.1e}" for g in b["gaps_where_not"]) or "—"]
+            for b in batched
+        ],
+    }
+    print_table(shared["title"], shared["columns"], shared["rows"])
+    result = {
+        "title": "Greedy tokens beside PyTorch", "section": "CUDA", "tables": [table, shared], "checks": found,
+        "batched": batched,
+    }  # fmt: skip
     write_results(args.json, f"cuda-check-{args.checkpoint.name}", started, result)
 
 

@@ -2,8 +2,10 @@
 
     python benchmarks/speculation.py                                  # the demo pair: held-out text, and text that repeats
     python benchmarks/speculation.py --model DIR --draft DIR --device cuda
+    python benchmarks/speculation.py --model DIR --device cuda --num-tokens 4 --acceptance 0.5,0.7,0.9
 
-One request at a time. Plain and speculative runs of a prompt alternate. Each kind of step is then timed alone: a decode
+With `--acceptance` the guesses are the model's own greedy tokens, each replaced by another with a known probability: a draft
+of known quality that costs nothing. Prompts are random tokens then. One request at a time. Plain and speculative runs of a prompt alternate. Each kind of step is then timed alone: a decode
 step, a pass over 2 … k + 1 tokens, a step of the draft, and what plain decoding spends on a token besides its step. From
 these and the passes that were counted comes the prediction.
 """
@@ -44,6 +46,11 @@ def texts(count: int) -> dict[str, list[str]]:
     return {"held-out": pieces, "copying": [f"{piece}\n\n{piece}\n\n{piece[:80]}" for piece in pieces]}
 
 
+def random_prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(1, 1000, CONTEXT).tolist() for _ in range(count)]
+
+
 def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
     for _ in range(3):
         run()
@@ -55,7 +62,41 @@ def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def decode_time(llm: Any, prompt: str, params: Any) -> tuple[float, Any]:
+class Known:
+    """A drafter that knows what the model will say: each guess is right with a given probability, by its position."""
+
+    def __init__(self, right: float) -> None:
+        self.right = right
+        self.texts: dict[tuple[int, ...], list[int]] = {}  # output by prompt
+
+    def propose(self, wanted: list[tuple[Any, int]]) -> list[list[Any]]:
+        from llmx.runtime.speculation import Guess
+
+        proposed = []
+        for sequence, most in wanted:
+            prompt = sequence.tokens[: sequence.num_prompt]
+            start = len(sequence.tokens) - len(prompt)
+            text = self.texts.get(tuple(prompt), [])[start : start + most]
+            sure = [np.random.default_rng([sum(prompt), start + i]).random() < self.right for i in range(len(text))]
+            proposed.append([Guess(t if s else t % 900 + 1) for t, s in zip(text, sure, strict=True)])
+        return proposed
+
+    def learn(self, fast: Any, prompts: list[list[int]], params: Any) -> None:
+        """Have the model say it. A pass rounds otherwise than a step, so what it says with guesses is what counts; each
+        round is right up to the next place where that decides.
+        """
+        for prompt in prompts:
+            for _ in range(params.max_tokens):
+                said = fast.generate([prompt], params)[0].outputs[0].token_ids
+                if self.texts.get(tuple(prompt)) == said:
+                    break
+                self.texts[tuple(prompt)] = said
+
+    def close(self) -> None:
+        pass
+
+
+def decode_time(llm: Any, prompt: Any, params: Any) -> tuple[float, Any]:
     """(seconds from the first token to the last, the output)."""
     [out] = llm.generate([prompt], params)
     return out.metrics.last_token - out.metrics.first_token, out
@@ -77,17 +118,19 @@ class Counted:
         speculator.guess = guess
 
 
-def compare(plain: Any, fast: Any, prompts: list[str], params: Any, repeats: int) -> dict[str, Any]:
-    """Both on every prompt, alternating; the median of `repeats` for each."""
+def compare(plain: Any, fast: Any, prompts: list[Any], params: Any, repeats: int, exact: bool = True) -> dict[str, Any]:
+    """Both on every prompt, alternating; the median of `repeats` for each. `exact`: greedy outputs must be equal."""
     counted = Counted(fast.engine.speculator)
     slow_time = fast_time = 0.0
-    tokens = drafted = accepted = passes = 0
+    tokens = drafted = accepted = passes = equal = 0
     for prompt in prompts:
         pairs = []
         for _ in range(repeats):
             slow, expected = decode_time(plain, prompt, params)
             quick, out = decode_time(fast, prompt, params)
-            assert params.temperature != 0.0 or out.outputs[0].token_ids == expected.outputs[0].token_ids
+            same = out.outputs[0].token_ids == expected.outputs[0].token_ids
+            assert not exact or params.temperature != 0.0 or same
+            equal += same
             pairs.append((slow, quick))
             tokens += out.metrics.num_output_tokens - 1
             drafted += out.metrics.num_drafted
@@ -98,7 +141,7 @@ def compare(plain: Any, fast: Any, prompts: list[str], params: Any, repeats: int
     steps = tokens - accepted - passes  # tokens of plain steps between the passes
     return {
         "tokens": tokens, "plain_seconds": slow_time, "seconds": fast_time, "speedup": slow_time / fast_time,
-        "drafted": drafted, "accepted": accepted, "passes": passes, "plain_steps": steps,
+        "equal_outputs": equal, "outputs": len(prompts) * repeats, "drafted": drafted, "accepted": accepted, "passes": passes, "plain_steps": steps,
         "mean_accepted_length": 1 + accepted / max(passes, 1), "passes_by_guesses": dict(sorted(counted.passes.items())),
     }  # fmt: skip
 
@@ -113,8 +156,14 @@ def step_times(plain: Any, fast: Any, per_token: float, widest: int) -> dict[str
     target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
 
     def verify(width: int) -> float:
-        ids, asked = np.full(width, 5), np.arange(width)
-        return seconds(lambda: target.prefill(0, ids, CONTEXT, asked, CONTEXT + 1))
+        ids = np.full(width, 5)
+
+        def judged() -> None:
+            rows = target.prefill_each(0, ids, CONTEXT, 0.0)
+            for index in range(width):
+                rows.greedy(index)
+
+        return seconds(judged)
 
     times: dict[str, Any] = {"decode": decode, "host": max(per_token - decode, 0.0), "draft": 0.0}
     times["verify"] = {guesses: verify(guesses + 1) for guesses in range(1, widest + 1)}
@@ -144,21 +193,30 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=96)
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--num-tokens", type=positive, help="guesses a pass [default: adapted]")
+    parser.add_argument("--acceptance", help="chances that a guess is right, by commas: a drafter of known quality")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/…]")
     run(parser.parse_args())
 
 
 def run(args: argparse.Namespace) -> None:
+    import onnxruntime
     from llmx.runtime import LLM, SamplingParams, Speculation
 
     started = machine()
-    model, draft = args.model or package("demo", args.work), args.draft or package("draft", args.work)
+    started["versions"] |= {"onnxruntime": onnxruntime.__version__}  # the GPU's, whatever else is installed
+    model = args.model or package("demo", args.work)
     params = SamplingParams(max_tokens=args.tokens, temperature=args.temperature, ignore_eos=True, seed=1)
-    drafters = {
-        "draft": Speculation(draft=draft, num_tokens=args.num_tokens),
-        "prompt-lookup": Speculation(prompt_lookup=True, num_tokens=args.num_tokens),
-    }
+    if args.acceptance:
+        drafters = {
+            rate: Speculation(prompt_lookup=True, num_tokens=args.num_tokens) for rate in args.acceptance.split(",")
+        }
+    else:
+        draft = args.draft or package("draft", args.work)
+        drafters = {
+            "draft": Speculation(draft=draft, num_tokens=args.num_tokens),
+            "prompt-lookup": Speculation(prompt_lookup=True, num_tokens=args.num_tokens),
+        }
     results, rows = [], []
     settings = {"device": args.device, "slots": 1, "max_length": 1024}
     with LLM(model, **settings) as plain:
@@ -166,16 +224,23 @@ def run(args: argparse.Namespace) -> None:
         for name, speculative in drafters.items():
             with LLM(model, speculative=speculative, **settings) as fast:
                 fast.warmup()
-                for kind, prompts in texts(args.prompts).items():
+                known = None
+                if args.acceptance:
+                    known = fast.engine.speculator._drafter = Known(float(name))
+                for kind, prompts in ({"": random_prompts(args.prompts)} if known else texts(args.prompts)).items():
+                    if known is not None:
+                        known.learn(fast, prompts, params)
                     decode_time(plain, prompts[0], params), decode_time(fast, prompts[0], params)
-                    result = compare(plain, fast, prompts, params, args.repeats)
+                    exact = not args.device.startswith("cuda")  # there a pass and a step may round apart
+                    result = compare(plain, fast, prompts, params, args.repeats, exact)
                     widest = max(result["passes_by_guesses"], default=1)
                     times = step_times(plain, fast, result["plain_seconds"] / result["tokens"], widest)
                     result["predicted_speedup"] = predict(result, times)
                     result["of_predicted"] = result["speedup"] / result["predicted_speedup"]
                     results.append({"drafter": name, "prompts": kind, **result, "step_seconds": times})
                     rows.append([
-                        f"{name}, {kind}", f"{result['mean_accepted_length']:.2f}",
+                        f"guesses right {name} of the time" if known else f"{name}, {kind}",
+                        f"{result['mean_accepted_length']:.2f}",
                         f"{result['accepted'] / max(result['drafted'], 1):.0%}", f"{result['speedup']:.2f}",
                         f"{result['predicted_speedup']:.2f}", f"{result['of_predicted']:.0%}",
                     ])  # fmt: skip
@@ -192,7 +257,8 @@ def run(args: argparse.Namespace) -> None:
         "section": "CUDA" if args.device.startswith("cuda") else "CPU",
         "tables": [{"title": "One request at a time, beside plain decoding", "columns": columns, "rows": rows}],
     }
-    write_results(args.json, f"speculation-{model.name}", started, {**page, "settings": what, "results": results})
+    name = f"speculation-{model.name}" + ("-cuda" if args.device.startswith("cuda") else "")
+    write_results(args.json, name, started, {**page, "settings": what, "results": results})
 
 
 if __name__ == "__main__":

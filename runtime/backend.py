@@ -62,6 +62,12 @@ class Backend(Protocol):
         """
         ...
 
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        """`prefill` of tokens that are judged one by one: the rows after each of them, valid until the next call, each as a
+        step at its place would make it. `temperature`: what the rows will be asked for, as `decode`'s.
+        """
+        ...
+
     def decode(
         self,
         token_ids: np.ndarray,
@@ -173,6 +179,9 @@ class OrtBackend:
         temperature: float = -1.0,
     ) -> StepLogits:
         return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
+
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
 
     def decode(
         self,

@@ -99,6 +99,9 @@ class CarriedBackend:
     ) -> StepLogits:
         return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
 
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
+
     def decode(
         self,
         token_ids: np.ndarray,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from llmx.runtime.carried import run_error
+from llmx.runtime.device_chunks import Chunks
 from llmx.runtime.device_memory import Buffer, DeviceMemory
 from llmx.runtime.device_prefill import Prefill
+from llmx.runtime.device_state import DeviceState
 from llmx.runtime.device_steps import SPARE_POSITIONS, CandidatesStep, DecodeStep, buckets
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
-from llmx.runtime.step_logits import StepLogits, TopLogits, TopRows
+from llmx.runtime.step_logits import HostLogits, StepLogits, TopLogits, TopRows
 
 _DRIFT = 64  # positions that a row which is not meant may wander before it is called back
 
@@ -43,7 +45,7 @@ class DeviceBackend:
         self._length = plan.max_length + SPARE_POSITIONS
         self._ahead = ahead
         self._logits_dtype = manifest.graphs["decode"].outputs[0].dtype
-        self._state = [self._zeroed(tensor.shape, tensor.dtype) for tensor in manifest.state]
+        self._state = DeviceState(manifest, memory, plan.slots, self._length)
         self._logits = memory.allocate(plan.slots * self._row_bytes)
         self._held = np.zeros(plan.slots, np.int64)
         self._buckets = buckets(plan.slots)
@@ -51,8 +53,10 @@ class DeviceBackend:
         self._candidates: dict[int, CandidatesStep] = {}
         self._flying: tuple[DecodeStep, int, np.ndarray] | None = None  # a step that runs ahead: what it returns
         self._changed = np.zeros(plan.slots, bool)  # slots whose state is another than that step's
-        self._prompts = Prefill(sessions["prefill"], manifest, memory, self._bind_state)
+        self._prompts = Prefill(sessions["prefill"], manifest, memory, self._state.bind)
+        self._chunks = Chunks(sessions["prefill"], manifest, memory, self._state, self.max_length, self._prompts.logits)
         self._prompt_candidates: CandidatesStep | None = None
+        self._judged_candidates: dict[int, CandidatesStep] = {}  # by rows
         self._options = import_onnxruntime().RunOptions()
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._options.add_run_config_entry("gpu_graph_id", "-1")  # the backend captures its graphs itself
@@ -60,23 +64,6 @@ class DeviceBackend:
     @property
     def _row_bytes(self) -> int:
         return self.vocab_size * itemsize(self._logits_dtype)
-
-    def _zeroed(self, shape: list[int | str], dtype: str) -> Buffer:
-        count = int(np.prod(self._sizes(shape, self.slots), dtype=np.int64))
-        buffer = self._memory.allocate(count * itemsize(dtype))
-        self._memory.zero(buffer)  # a kernel may load what it masks: it must be finite
-        return buffer
-
-    def _sizes(self, shape: list[int | str], slots: int) -> tuple[int, ...]:
-        sizes = {"slots": slots, "max_length": self._length}
-        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in shape)
-
-    def _bind_state(self, binding: Any, first: int, rows: int) -> None:
-        for tensor, buffer in zip(self.manifest.state, self._state, strict=True):
-            at = buffer.address + first * (buffer.nbytes // self.slots)
-            shape = self._sizes(tensor.shape, rows)
-            self._memory.bind_input(binding, tensor.input, at, shape, tensor.dtype)
-            self._memory.bind_output(binding, tensor.output, at, shape, tensor.dtype)
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +85,8 @@ class DeviceBackend:
         temperature: float = -1.0,
     ) -> StepLogits:
         end = self._begin(slot, token_ids, start)
-        token, logit = self._prompts.last(slot, token_ids, start, prompt_length or end)
+        made = self._chunks.first(slot, token_ids, prompt_length or end) if start == 0 else None
+        token, logit = made or self._prompts.last(slot, token_ids, start, prompt_length or end)
         top: CandidatesStep | None = None
         if temperature > 0 and "candidates" in self._sessions:
             top = self._prompt_candidates = self._prompt_candidates or self._candidates_of(1, self._prompts.logits)
@@ -106,6 +94,26 @@ class DeviceBackend:
             self._memory.synchronize()
         best, score = np.array([token]), np.array([logit], np.float32)
         return _DeviceStep(self, self._read_prompt_rows, best, score, top, np.full(1, temperature, np.float32))
+
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        self._begin(slot, token_ids, start)
+        judged = self._chunks.judge(slot, token_ids, start)
+        if judged is None:
+            return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
+        count, top = len(token_ids), None
+        logits = self._chunks.logits
+        assert logits is not None
+        asks = np.full(count, temperature, np.float32)
+        if temperature > 0 and "candidates" in self._sessions:
+            top = self._judged_candidates.get(count)
+            if top is None:
+                top = self._judged_candidates[count] = self._candidates_of(count, logits)
+            top.queue(asks, self._options)
+            self._memory.synchronize()
+        return _DeviceStep(self, functools.partial(self._read_judged_rows, logits), *judged, top, asks)
+
+    def _read_judged_rows(self, logits: Buffer, first: int, count: int) -> np.ndarray:
+        return self._read_logits(logits.address + first * self._row_bytes, count)
 
     def _begin(self, slot: int, token_ids: np.ndarray, start: int) -> int:
         """Check a chunk's place and note it as held; returns its end."""
@@ -173,7 +181,7 @@ class DeviceBackend:
                 self._sessions["decode"],
                 self.manifest,
                 self._memory,
-                self._bind_state,
+                self._state.bind,
                 rows,
                 self._logits,
                 self._length,
@@ -251,45 +259,25 @@ class DeviceBackend:
         self._memory.activate()
         self._held[target] = length
         self._changed[target] = True
-        for buffer, slot, width, heads in self._layout():
-            at, pitch = buffer.address + start * width, self._length * width
-            if length > start:
-                self._memory.copy_rows(at + target * slot, at + source * slot, (length - start) * width, pitch, heads)
-
-    def _layout(self) -> Iterator[tuple[Buffer, int, int, int]]:
-        """For each state tensor: its buffer, bytes of a slot, bytes of a position of one head, heads."""
-        for tensor, buffer in zip(self.manifest.state, self._state, strict=True):
-            slot, width = buffer.nbytes // self.slots, int(tensor.shape[-1]) * itemsize(tensor.dtype)
-            yield buffer, slot, width, slot // (self._length * width)
+        self._state.copy(target, self._state, source, start, length)
 
     def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
         self._memory.activate()
-        arrays = []
-        for tensor, (buffer, size, width, heads) in zip(self.manifest.state, self._layout(), strict=True):
-            array = np.empty((heads, end - start, int(tensor.shape[-1])), numpy_dtype(tensor.dtype))
-            for head in range(heads if end > start else 0):
-                at = buffer.address + slot * size + (head * self._length + start) * width
-                self._memory.download(array[head].view(np.uint8), at)
-            arrays.append(array)
-        self._memory.synchronize()
-        return arrays
+        return self._state.read(slot, start, end)
 
     def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
         self._memory.activate()
         self._changed[slot] = True
-        for array, (buffer, size, width, heads) in zip(state, self._layout(), strict=True):
-            self._held[slot] = start + array.shape[1]
-            for head in range(heads if array.shape[1] else 0):
-                at = buffer.address + slot * size + (head * self._length + start) * width
-                self._memory.upload(at, array[head].view(np.uint8))
-        self._memory.synchronize()  # the arrays are the caller's
+        if state:
+            self._held[slot] = start + state[0].shape[1]
+        self._state.write(slot, start, state)
 
     def close(self) -> None:
         """Free sessions, state and weights; the backend must not be used afterwards."""
         self._flying = None
         self._memory.activate()
         self._memory.synchronize()
-        self._steps, self._candidates, self._prompt_candidates = {}, {}, None
+        self._steps, self._candidates, self._judged_candidates, self._prompt_candidates = {}, {}, {}, None
         self._sessions.clear()
         self._memory.close()
 

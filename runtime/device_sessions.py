@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llmx.runtime.cuda_memory import CudaMemory
 from llmx.runtime.device_backend import DeviceBackend
-from llmx.runtime.device_memory import CudaMemory, DeviceMemory
+from llmx.runtime.device_memory import DeviceMemory
 from llmx.runtime.device_steps import SPARE_POSITIONS
 from llmx.runtime.dtypes import itemsize
 from llmx.runtime.errors import PackageError, ProviderError

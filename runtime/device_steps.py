@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 from llmx.runtime.device_memory import Buffer, DeviceMemory
-from llmx.runtime.dtypes import numpy_dtype
+from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import GraphInfo, Manifest, TensorInfo
 
 #: Positions past max_length that every slot's buffer has: rows that are not meant, warm-up runs and steps that run ahead
 #: write there at most.
 SPARE_POSITIONS = 8
+
+_CANDIDATE_ROWS = 32  # whose candidates are found at once
 
 _PARTS = ("input_ids", "greedy_logits", "position_ids", "rope_lengths", "seqlens_k")
 
@@ -157,35 +159,48 @@ class DecodeStep:
 
 
 class CandidatesStep:
-    """The candidates graph bound for `rows` rows of the logits buffer."""
+    """The candidates graph bound for `rows` rows of the logits buffer, a few at a time: it widens the logits to float32,
+    several times over.
+    """
 
     def __init__(self, session: Any, manifest: Manifest, memory: DeviceMemory, rows: int, logits: Buffer) -> None:
         graph = manifest.graphs["candidates"]
-        self._memory, self._session, self._rows = memory, session, rows
+        self._memory, self._session = memory, session
         count = int(next(t.shape[1] for t in graph.outputs if t.role == "top_logits"))
         sizes = {"top_ids": 8 * count, "top_logits": 4 * count, "log_sum": 4}
         self._device = memory.allocate(rows * (sum(sizes.values()) + 4))
         self._host = memory.host_array((rows * sum(sizes.values()),), np.dtype(np.uint8))
         self._temperatures = memory.host_array((rows,), np.dtype(np.float32))
-        self.binding = session.io_binding()
-        vocab = manifest.model.vocab_size
-        offset, views = 0, {}
+        offset, views, places = 0, {}, {}
         for info in sorted(graph.outputs, key=lambda t: list(sizes).index(t.role)):
+            places[info.role] = (self._device.address + offset, sizes[info.role])
             shape: tuple[int, ...] = (rows,) if info.role == "log_sum" else (rows, count)
-            memory.bind_output(self.binding, info.name, self._device.address + offset, shape, info.dtype)
             end = offset + rows * sizes[info.role]
             views[info.role] = self._host[offset:end].view(numpy_dtype(info.dtype)).reshape(shape)
             offset = end
         self.ids, self.logits, self.log_sums = views["top_ids"], views["top_logits"], views["log_sum"]
         self._temperature_address = self._device.address + offset
-        for info in graph.inputs:
-            shape = (rows, 1, vocab) if info.role == "logits" else (rows,)
-            address = logits.address if info.role == "logits" else self._temperature_address
-            memory.bind_input(self.binding, info.name, address, shape, info.dtype)
+        places["temperature"] = (self._temperature_address, 4)
+        dtype = next(t.dtype for t in graph.inputs if t.role == "logits")
+        places["logits"] = (logits.address, manifest.model.vocab_size * itemsize(dtype))
+        self._bindings = []
+        for first in range(0, rows, _CANDIDATE_ROWS):
+            binding, some = session.io_binding(), min(_CANDIDATE_ROWS, rows - first)
+            for info, bind in [(t, memory.bind_input) for t in graph.inputs] + [
+                (t, memory.bind_output) for t in graph.outputs
+            ]:
+                address, width = places[info.role]
+                bind(binding, info.name, address + first * width, (some, *map(int, info.shape[1:])), info.dtype)
+            self._bindings.append(binding)
         self._launch: Any = None
 
     def queue(self, temperatures: np.ndarray, options: Any) -> None:
         """Queue the graph on the logits as they will be, and the copy of its result, to be read after `synchronize`."""
+
+        def run() -> None:
+            for binding in self._bindings:
+                self._session.run_with_iobinding(binding, options)
+
         wanted = np.where(temperatures > 0, temperatures, np.float32(1.0))
         if self._launch is None or not np.array_equal(wanted, self._temperatures):
             self._memory.synchronize()
@@ -193,7 +208,7 @@ class CandidatesStep:
             self._memory.upload(self._temperature_address, self._temperatures)
         if self._launch is None:
             for _ in range(2):
-                self._session.run_with_iobinding(self.binding, options)
-            self._launch = self._memory.capture(lambda: self._session.run_with_iobinding(self.binding, options))
+                run()
+            self._launch = self._memory.capture(run)
         self._memory.launch(self._launch)
         self._memory.download(self._host, self._device.address)

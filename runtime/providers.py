@@ -74,7 +74,7 @@ def resolve_device(device: str, runs_on_cuda: bool = True) -> Device:
             "This onnxruntime has no CUDA provider; install the GPU build: "
             'pip uninstall -y onnxruntime && pip install "llmx[gpu]" (`llmx doctor` shows what is there).'
         )
-    from llmx.runtime.device_memory import check_cuda_device
+    from llmx.runtime.cuda_driver import check_cuda_device
 
     index = int(match.group(1) or 0)
     try:

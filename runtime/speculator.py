@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from llmx.runtime.backend import Backend, open_backend
+from llmx.runtime.candidates import WHOLE_ROW, choose_from_step
 from llmx.runtime.draft import DraftModel
 from llmx.runtime.errors import FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Choice, choose, distribution
+from llmx.runtime.sampling import Choice, choose, distribution, needs_full_row
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import (
     Costs,
@@ -27,6 +28,7 @@ from llmx.runtime.speculation import (
     check_vocabularies,
     judge,
 )
+from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 
@@ -87,10 +89,12 @@ class Speculator:
         for sequence, guessed in guesses.items():
             assert sequence.slot is not None
             ids = np.array([sequence.tokens[-1], *(g.token for g in guessed)], np.int64)
-            start = sequence.num_cached
+            plain = all(_judged_plainly(guess, sequence.params) for guess in guessed)
             with span("verify"):
-                logits = self._backend.prefill(sequence.slot, ids, start, np.arange(len(ids)), start + 1)
-            self._judge(sequence, guessed, logits, take)
+                rows = self._backend.prefill_each(
+                    sequence.slot, ids, sequence.num_cached, sequence.asks if plain else WHOLE_ROW
+                )
+            self._judge(sequence, guessed, rows, take)
         return [s for s in sequences if s not in guesses]
 
     def _judge_batch(
@@ -110,19 +114,27 @@ class Speculator:
             logits = self._backend.verify(ids, lengths, counts)
         for sequence, guessed in guesses.items():
             assert sequence.slot is not None
-            self._judge(sequence, guessed, logits[sequence.slot], take)
+            self._judge(sequence, guessed, HostLogits(logits[sequence.slot]), take)
 
-    def _judge(self, sequence: Sequence, guesses: list[Guess], logits: np.ndarray, take: Take) -> None:
-        """Take the guesses that stand and the token after them, from logits [len(guesses) + 1 …, vocab]."""
+    def _judge(self, sequence: Sequence, guesses: list[Guess], rows: StepLogits, take: Take) -> None:
+        """Take the guesses that stand and the token after them, from the rows after the last token and each guess."""
+        params = sequence.params
         accepted = judged = 0
         for index, guess in enumerate([*guesses, None]):
             stands = False
 
-            def pick(row: np.ndarray = logits[index], guess: Guess | None = guess) -> Choice:
+            def pick(index: int = index, guess: Guess | None = guess) -> Choice:
                 nonlocal stands
-                if guess is None:
-                    return choose(row, sequence.params, sequence.generator, sequence.history)
-                choice, stands = judge(row, guess, sequence)
+                choice = None
+                if guess is None or _judged_plainly(guess, params):
+                    ask = WHOLE_ROW if needs_full_row(params, sequence.history) else sequence.asks
+                    choice = choose_from_step(rows, index, params, sequence.generator, ask)
+                if choice is not None:
+                    stands = guess is not None and choice.token == guess.token
+                elif guess is None:
+                    choice = choose(rows.row(index), params, sequence.generator, sequence.history)
+                else:
+                    choice, stands = judge(rows.row(index), guess, sequence)
                 return choice
 
             sequence.num_cached += 1
@@ -141,6 +153,11 @@ class Speculator:
 
     def close(self) -> None:
         self._drafter.close()
+
+
+def _judged_plainly(guess: Guess, params: SamplingParams) -> bool:
+    """Whether a guess stands where plain decoding would draw it (`judge`)."""
+    return guess.drawn_from is None or params.temperature == 0.0
 
 
 def open_speculator(
@@ -182,21 +199,22 @@ def measure(backend: Backend, draft: Backend | None, guesses: int = 4, repeats: 
     """What a pass costs here, in the order in which a pass runs and with the choice of its tokens: some steps of each model
     on slots that hold nothing yet.
     """
-    if guesses + 1 > backend.max_length:
+    if guesses + 2 > backend.max_length:
         return Costs()
-    greedy = SamplingParams().resolved({})
+    greedy, ask = SamplingParams().resolved({}), np.zeros(1, np.float32)
 
-    def choices(rows: np.ndarray) -> None:
-        for row in rows:
-            distribution(row, greedy)
+    def choices(rows: StepLogits) -> None:
+        for index in range(len(rows)):
+            if rows.greedy(index) is None:
+                distribution(rows.row(index), greedy)
 
     def judging() -> None:
-        choices(backend.prefill(0, many, 0, np.arange(len(many))))
+        choices(backend.prefill_each(0, many, 1, 0.0))
 
     def guessing() -> None:
         for _ in range(guesses if draft is not None else 0):
             assert draft is not None
-            choices(draft.decode(one, one).rows())
+            choices(HostLogits(draft.decode(one, one).rows()))
         judging()
 
     def seconds(run: Callable[[], object]) -> float:
@@ -208,7 +226,7 @@ def measure(backend: Backend, draft: Backend | None, guesses: int = 4, repeats: 
         return min(times)
 
     one, many = np.zeros(1, np.int64), np.zeros(guesses + 1, np.int64)
-    step = seconds(lambda: choices(backend.decode(one, one).rows()))
+    step = seconds(lambda: choices(backend.decode(one, one, None, ask)))
     judged = seconds(judging)
     position = max(judged / step - 1, 0.0) / guesses
     return Costs(position, max(seconds(guessing) - judged, 0.0) / guesses / step if draft is not None else 0.0)
