@@ -5,9 +5,12 @@
     python benchmarks/speculation.py --model DIR --device cuda --num-tokens 4 --acceptance 0.5,0.7,0.9
 
 With `--acceptance` the guesses are the model's own greedy tokens, each replaced by another with a known probability: a draft
-of known quality that costs nothing. Prompts are random tokens then. One request at a time. Plain and speculative runs of a prompt alternate. Each kind of step is then timed alone: a decode
-step, a pass over 2 … k + 1 tokens, a step of the draft, and what plain decoding spends on a token besides its step. From
-these and the passes that were counted comes the prediction.
+of known quality that costs nothing. Prompts are random tokens then.
+
+One request at a time. Plain and speculative runs of a prompt alternate. With each drafter as many guesses are made as pay
+(none, where none do), or `--num-tokens`; with a draft, a fixed number as well, whether it pays or not. Each kind of step is
+then timed alone: a decode step, a pass over 2 … k + 1 tokens, a step of the draft, and what plain decoding spends on a token
+besides its step. From these and the passes that were counted comes the prediction.
 """
 
 from __future__ import annotations
@@ -64,6 +67,8 @@ def seconds(run: Callable[[], Any], repeats: int = 30) -> float:
 
 class Known:
     """A drafter that knows what the model will say: each guess is right with a given probability, by its position."""
+
+    steady = True
 
     def __init__(self, right: float) -> None:
         self.right = right
@@ -212,9 +217,10 @@ def run(args: argparse.Namespace) -> None:
             rate: Speculation(prompt_lookup=True, num_tokens=args.num_tokens) for rate in args.acceptance.split(",")
         }
     else:
-        draft = args.draft or package("draft", args.work)
+        draft, fixed = args.draft or package("draft", args.work), args.num_tokens or 3
         drafters = {
             "draft": Speculation(draft=draft, num_tokens=args.num_tokens),
+            f"draft, {fixed} guesses": Speculation(draft=draft, num_tokens=fixed),
             "prompt-lookup": Speculation(prompt_lookup=True, num_tokens=args.num_tokens),
         }
     results, rows = [], []
@@ -230,7 +236,8 @@ def run(args: argparse.Namespace) -> None:
                 for kind, prompts in ({"": random_prompts(args.prompts)} if known else texts(args.prompts)).items():
                     if known is not None:
                         known.learn(fast, prompts, params)
-                    decode_time(plain, prompts[0], params), decode_time(fast, prompts[0], params)
+                    for prompt in prompts[:2]:  # the first passes tell what guesses are worth
+                        decode_time(plain, prompt, params), decode_time(fast, prompt, params)
                     exact = not args.device.startswith("cuda")  # there a pass and a step may round apart
                     result = compare(plain, fast, prompts, params, args.repeats, exact)
                     widest = max(result["passes_by_guesses"], default=1)

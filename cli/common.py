@@ -48,7 +48,7 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def speculation_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--draft and --prompt-lookup."""
+    """--draft, --prompt-lookup and --num-speculative-tokens."""
     return _all(
         function,
         click.option(
@@ -56,6 +56,9 @@ def speculation_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--prompt-lookup", is_flag=True, help="Guess what followed the last words where they were before."
+        ),
+        click.option(
+            "--num-speculative-tokens", type=int, help="Guesses a pass [default: as many as pay, none where none do]."
         ),
     )
 
@@ -66,14 +69,19 @@ def _speculation(options: dict[str, Any]) -> Any:
 
     if options.get("draft") and options.get("prompt_lookup"):
         raise click.UsageError("Give --draft or --prompt-lookup, not both.")
+    count = options.get("num_speculative_tokens")
     if options.get("prompt_lookup"):
-        return Speculation(prompt_lookup=True)
-    return Speculation(draft=options["draft"]) if options.get("draft") else None
+        return Speculation(prompt_lookup=True, num_tokens=count)
+    if options.get("draft"):
+        return Speculation(draft=options["draft"], num_tokens=count)
+    if count is not None:
+        raise click.UsageError("--num-speculative-tokens goes with --draft or --prompt-lookup.")
+    return None
 
 
 def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
     """The LLM of `model_options` or `encoder_options`, with a spinner on a terminal. A beam search gets the slots that it
-    needs. Raises FamilyError where it is to generate and cannot.
+    needs, several outputs run together. Raises FamilyError where it is to generate and cannot.
     """
     from llmx.runtime import LLM
     from llmx.runtime.hub import resolve_package
@@ -84,6 +92,7 @@ def load(options: dict[str, Any], slots: int = 1, generate: bool = True) -> Any:
         folder = resolve_package(options["onnx"], options["revision"])
         if "num_beams" in options and not options["temperature"]:
             slots = max(slots, options["num_beams"] or int(load_manifest(folder).generation.get("num_beams", 1)))
+        slots = max(slots, min(8, max(options.get("n") or 1, options.get("best_of") or 1)))
         llm = LLM(
             folder,
             options["device"],

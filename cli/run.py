@@ -35,6 +35,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming.")
 @click.option("--logprobs", type=int, help="Put each token's log-probability, and the N likeliest, into the JSON.")
+@click.option("--prompt-logprobs", type=int, help="The same for the prompt's tokens.")
 @click.option("--quiet", is_flag=True, help="Do not print the timings.")
 @profile_option
 def command(
@@ -48,6 +49,7 @@ def command(
     prefill: str | None,
     as_json: bool,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -73,9 +75,10 @@ def command(
     if language is not None:
         raise click.UsageError("--language goes with --audio.")
     text = read_prompt(prompt, prompt_file)
-    params = sampling_params(options, logprobs=logprobs)
-    if logprobs is not None and not as_json:
-        raise click.UsageError("--logprobs goes with --json.")
+    params = sampling_params(options, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    for name, value in (("logprobs", logprobs), ("prompt-logprobs", prompt_logprobs)):
+        if value is not None and not as_json:
+            raise click.UsageError(f"--{name} goes with --json.")
     if not text:
         raise click.UsageError("The prompt is empty; give at least one character.")
     arguments = template_arguments(options, tools)
@@ -97,9 +100,11 @@ def command(
         if as_json:
             _print_json(llm.generate([text], params)[0] if request is None else llm.answer(request, params))
         elif request is None:
-            _timings(_stream(llm.stream(text, params)), quiet)
-        else:
+            _timings(_stream(llm.stream(text, params), params.n), quiet)
+        elif params.n == 1:
             _timings(show(llm.answer(request, params, stream=True)), quiet)
+        else:
+            _timings(_stream(llm.stream(request.token_ids, request.params(params)), params.n), quiet)
 
 
 def _transcribe(audio: Path, language: str | None, task: str, as_json: bool, options: dict[str, Any]) -> None:
@@ -112,15 +117,32 @@ def _transcribe(audio: Path, language: str | None, task: str, as_json: bool, opt
         click.echo(transcript.text)
 
 
-def _stream(pieces: Any) -> Any:
-    metrics = None
+def _stream(pieces: Any, count: int = 1) -> Any:
+    """Show outputs as they come, one after the other; those whose turn has not come are held. Returns the metrics."""
+    held, ended, current, metrics = [""] * count, [False] * count, 0, None
+    _head(current, count)
     for piece in pieces:
-        sys.stdout.write(piece.text)
-        sys.stdout.flush()
+        held[piece.index] += piece.text
+        ended[piece.index] |= piece.finish_reason is not None
         metrics = piece.metrics or metrics
-    sys.stdout.write("\n")
+        while current < count:
+            sys.stdout.write(held[current])
+            sys.stdout.flush()
+            held[current] = ""
+            if not ended[current]:
+                break
+            sys.stdout.write("\n")
+            current += 1
+            _head(current, count)
+    if current < count:
+        sys.stdout.write("\n")
     sys.stdout.flush()
     return metrics
+
+
+def _head(index: int, count: int) -> None:
+    if 1 < count > index:
+        click.echo(f"[{index + 1} of {count}]", err=True)
 
 
 def _timings(metrics: Any, quiet: bool) -> None:
@@ -138,10 +160,13 @@ def _timings(metrics: Any, quiet: bool) -> None:
             )
 
 
-def _logprobs(result: Any) -> list[list[dict[str, Any]]]:
-    """For each token of the output the tokens that were looked at, the chosen one first."""
-    rows = []
-    for token, known in zip(result.token_ids, result.logprobs, strict=True):
+def _logprobs(token_ids: list[int], entries: list[Any]) -> list[list[dict[str, Any]] | None]:
+    """For each token the tokens that were looked at, the one that stands there first; None where nothing precedes it."""
+    rows: list[list[dict[str, Any]] | None] = []
+    for token, known in zip(token_ids, entries, strict=True):
+        if known is None:
+            rows.append(None)
+            continue
         ids = [token, *(other for other in known if other != token)]
         rows.append(
             [
@@ -152,24 +177,35 @@ def _logprobs(result: Any) -> list[list[dict[str, Any]]]:
     return rows
 
 
+def _fields(result: Any) -> dict[str, Any]:
+    """An output in the JSON."""
+    return {
+        "text": result.text,
+        **({} if result.message is None else {"message": result.message.to_dict()}),
+        "token_ids": result.token_ids,
+        **({} if result.logprobs is None else {"logprobs": _logprobs(result.token_ids, result.logprobs)}),
+        **({} if result.cumulative_logprob is None else {"cumulative_logprob": result.cumulative_logprob}),
+        **({} if result.score is None else {"score": result.score}),
+        "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
+    }
+
+
 def _print_json(output: Any) -> None:
-    result, metrics = output.outputs[0], output.metrics
+    """The first output's fields, and those of all where there are several."""
+    metrics, given = output.metrics, output.prompt_logprobs
     speculation = {
         "drafted_tokens": metrics.num_drafted,
         "accepted_tokens": metrics.num_accepted,
         "mean_accepted_length": round(metrics.mean_accepted_length, 3),
     }
-    message = {"message": result.message.to_dict()} if result.message is not None else {}
     click.echo(
         json.dumps(
             {
                 "prompt": output.prompt,
-                "text": result.text,
-                **message,
-                "token_ids": result.token_ids,
-                **({} if result.logprobs is None else {"logprobs": _logprobs(result)}),
-                "finish_reason": result.finish_reason,
-                "stop_reason": result.stop_reason,
+                **_fields(output.outputs[0]),
+                **({"outputs": [_fields(result) for result in output.outputs]} if len(output.outputs) > 1 else {}),
+                **({} if given is None else {"prompt_logprobs": _logprobs(output.prompt_token_ids, given)}),
                 "usage": {"prompt_tokens": metrics.num_prompt_tokens, "completion_tokens": metrics.num_output_tokens},
                 **({"speculation": speculation} if metrics.num_verifications else {}),
                 "time_to_first_token_s": round(metrics.ttft, 6),

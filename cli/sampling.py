@@ -51,34 +51,68 @@ _OPTIONS = [
     _option(_S, "--eta-cutoff", type=float, help="The same, with a cut-off that falls with the entropy."),
     _option(_S, "--top-n-sigma", type=float, help="Drop logits this many standard deviations below the largest."),
     _option(_S, "--seed", type=int, help="Make the draws repeatable."),
+    _option(_S, "--n", type=int, default=1, show_default=True, help="Outputs of the prompt."),
+    _option(_S, "--best-of", type=int, help="Draw so many and show the N most likely."),
     _option(_S, "--num-beams", type=int, help="Beams of a beam search [default: the package's, else none]."),
     _option(_S, "--length-penalty", type=float, help="Above 0 a beam search favours longer outputs."),
+    _option(
+        _S,
+        "--early-stopping",
+        type=click.Choice(["true", "false", "never"]),
+        help="When a beam search ends [default: false].",
+    ),
     _option(_P, "--repetition-penalty", type=float, help="Above 1: tokens of prompt and output become less likely."),
     _option(_P, "--presence-penalty", type=float, help="Taken off the logits of tokens in the output (-2 to 2)."),
     _option(_P, "--frequency-penalty", type=float, help="The same for each time that they are there (-2 to 2)."),
     _option(_P, "--no-repeat-ngram-size", type=int, help="No run of N tokens comes twice."),
     _option(_P, "--logit-bias", multiple=True, metavar="ID=BIAS", help="Add to a token's logit (several times)."),
     _option(_P, "--allowed-token-ids", metavar="ID,ID,…", help="Only these tokens may come."),
-    _option(_P, "--bad-word", multiple=True, metavar="TEXT", help="A text that may not come (several times)."),
+    _option(
+        _P, "--bad-words", "--bad-word", multiple=True, metavar="TEXT", help="A text that may not come (several times)."
+    ),
+    _option(
+        _P,
+        "--bad-words-ids",
+        multiple=True,
+        metavar="ID,ID,…",
+        help="Tokens that may not come in a row (several times).",
+    ),
+    _option(_P, "--suppress-tokens", metavar="ID,ID,…", help="Tokens that may not come."),
+    _option(_P, "--begin-suppress-tokens", metavar="ID,ID,…", help="Tokens that may not come first."),
     _option(_E, "-n", "--max-tokens", type=int, help="Most tokens to generate [default: the package's, else 256]."),
     _option(_E, "--min-tokens", type=int, help="No end before this many tokens."),
     _option(_E, "--max-time", type=float, help="Most seconds to take."),
     _option(_E, "--stop", multiple=True, help="End at this text (may be given several times)."),
-    _option(_E, "--stop-token-id", type=int, multiple=True, help="End at this token (several times)."),
+    _option(
+        _E, "--stop-token-ids", "--stop-token-id", multiple=True, metavar="ID,ID,…", help="End at one of these tokens."
+    ),
+    _option(_E, "--include-stop-str-in-output", is_flag=True, help="Keep the text of --stop that ended the output."),
     _option(_E, "--ignore-eos", is_flag=True, help="Go on past the model's end tokens."),
     _option(_F, "--json-schema", type=_FILE, help="JSON that follows the schema in this file."),
     _option(_F, "--json-object", is_flag=True, help="Any JSON object."),
     _option(_F, "--regex", help="Text that the whole regular expression matches."),
     _option(_F, "--choice", multiple=True, help="One of these texts (give it several times)."),
     _option(_F, "--grammar", type=_FILE, help="Text of the Lark or GBNF grammar in this file."),
+    _option(_F, "--disable-any-whitespace", is_flag=True, help="JSON without spaces between its signs."),
+    _option(_F, "--disable-additional-properties", is_flag=True, help="No properties that the schema does not name."),
+    _option(_F, "--whitespace-pattern", metavar="REGEX", help="The spaces that JSON may have at one place."),
+    _option(
+        _F, "--skip-special-tokens/--no-skip-special-tokens", default=True, help="Leave special tokens out of the text."
+    ),
+    _option(_F, "--keep-special-tokens", metavar="ID,ID,…", help="Special tokens that stay in the text."),
 ]
 
 #: Options that are a SamplingParams field under its own name.
 _FIELDS = (
-    "max_tokens", "min_tokens", "max_time", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
+    "n", "best_of", "max_tokens", "min_tokens", "max_time", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
     "eta_cutoff", "top_n_sigma", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "no_repeat_ngram_size", "ignore_eos", "num_beams", "length_penalty",
+    "no_repeat_ngram_size", "ignore_eos", "num_beams", "length_penalty", "include_stop_str_in_output",
+    "skip_special_tokens",
 )  # fmt: skip
+#: Options that are a field of StructuredOutputsParams under its own name.
+_DETAILS = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
+#: Options that are a list of token ids.
+_LISTS = ("allowed_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,19 +124,26 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def sampling_params(options: dict[str, Any], **more: Any) -> SamplingParams:
     """The SamplingParams of `sampling_options`. Raises RequestError or click.UsageError."""
-    allowed = options["allowed_token_ids"]
+    early = options["early_stopping"]
+    lists: dict[str, Any] = {name: options[name] and _ids(name, options[name]) for name in _LISTS}
+    words = [_ids("bad_words_ids", text) for text in options["bad_words_ids"]]
     return SamplingParams(
         stop=list(options["stop"]),
-        stop_token_ids=list(options["stop_token_id"]),
+        stop_token_ids=[token for text in options["stop_token_ids"] for token in _ids("stop_token_ids", text)],
         logit_bias=dict(_bias(text) for text in options["logit_bias"]),
-        allowed_token_ids=None
-        if allowed is None
-        else [_number(int, "--allowed-token-ids", i) for i in allowed.split(",")],
-        bad_words=list(options["bad_word"]),
+        bad_words=list(options["bad_words"]),
+        bad_words_ids=words or None,
+        keep_special_tokens=_ids("keep_special_tokens", options["keep_special_tokens"] or ""),
+        early_stopping={"true": True, "false": False}.get(early, early),
         structured_outputs=_form(options),
+        **lists,
         **{name: options[name] for name in _FIELDS},
         **more,
     )
+
+
+def _ids(name: str, text: str) -> list[int]:
+    return [_number(int, f"--{name.replace('_', '-')}", part) for part in text.split(",")] if text else []
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -131,7 +172,10 @@ def _form(options: dict[str, Any]) -> dict[str, Any] | None:
     given = {name: value for name, value in form.items() if value is not None}
     if len(given) > 1:
         raise click.UsageError("Give one of --json-schema, --json-object, --regex, --choice and --grammar.")
-    return given or None
+    details = {name: options[name] for name in _DETAILS if options[name]}
+    if details and not given:
+        raise click.UsageError(f"--{next(iter(details)).replace('_', '-')} goes with --json-schema or --json-object.")
+    return {**given, **details} or None
 
 
 def _schema(file: Path) -> Any:

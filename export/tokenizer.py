@@ -169,7 +169,7 @@ def _eos_ids(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 
 
 _NOT_APPLIED = (
-    "suppress_tokens", "sequence_bias", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+    "sequence_bias", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
     "exponential_decay_length_penalty", "guidance_scale", "watermarking_config", "top_h",
 )  # fmt: skip
 
@@ -211,8 +211,12 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
             defaults |= {"num_beams": int(config.num_beams), "early_stopping": config.early_stopping or False}
             defaults["length_penalty"] = 1.0 if config.length_penalty is None else float(config.length_penalty)
     if checkpoint.task == "seq2seq":
-        del neutral["suppress_tokens"]
         defaults |= _output_lengths(config)
+    else:  # an encoder-decoder's are among its facts
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            ids = sorted({int(token) for token in getattr(config, name, None) or [] if token >= 0})
+            if ids:
+                defaults[name] = ids
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]
     return defaults, ignored
 

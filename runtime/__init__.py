@@ -8,6 +8,7 @@ print(out.outputs[0].text)
 """
 
 from llmx.runtime.aio import AsyncLLM
+from llmx.runtime.aio_session import AsyncSession
 from llmx.runtime.chat_output import ChatDelta, ChatMessage, ToolCall
 from llmx.runtime.encoder import Filled, Label, Ranked, TokenLabel
 from llmx.runtime.errors import (
@@ -34,6 +35,7 @@ from llmx.runtime.transcribe import Transcript
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "AsyncSession",
     "ChatDelta",
     "ChatMessage",
     "ClosedError",

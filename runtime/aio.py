@@ -10,13 +10,17 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from llmx.runtime.aio_session import AsyncSession
 from llmx.runtime.errors import ClosedError
-from llmx.runtime.llm import LLM, _output
+from llmx.runtime.llm import LLM, output_of
 from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prompts import Prompt, as_list
 from llmx.runtime.scheduler import Request
 from llmx.runtime.structured import StructuredOutputsParams
+
+#: Receives the pieces of a request, in the thread that steps the engine.
+Emit = Callable[[StreamPiece], None]
 
 
 class AsyncLLM:
@@ -46,6 +50,18 @@ class AsyncLLM:
         many = as_list(prompts)
         each = self.llm._each_params(params, len(many))
         await self._compile(each)
+        return await self._finished(lambda emit: self.submit([(p, q, emit) for p, q in zip(many, each, strict=True)]))
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamPiece, None]:
+        """As LLM.stream, as an async iterator."""
+        wanted = params or SamplingParams()
+        await self._compile([wanted])
+        async with aclosing(self._pieces(lambda emit: self.submit([(prompt, wanted, emit)])[0])) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _finished(self, submit: Callable[[Emit], list[Request]]) -> list[RequestOutput]:
+        """Outputs of the requests that `submit` queues with a receiver. Raises what ended one of them."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         requests: list[Request] = []
 
@@ -54,7 +70,7 @@ class AsyncLLM:
                 loop.call_soon_threadsafe(done.set)
 
         try:
-            requests = self.submit([(prompt, p, emit) for prompt, p in zip(many, each, strict=True)])
+            requests = submit(emit)
             while not all(r.finished for r in requests):
                 await done.wait()
                 done.clear()
@@ -63,17 +79,16 @@ class AsyncLLM:
         for request in requests:
             if request.error is not None:
                 raise request.error
-        return [_output(request) for request in requests]
+        return [output_of(request) for request in requests]
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncGenerator[StreamPiece, None]:
-        """As LLM.stream, as an async iterator."""
-        await self._compile([params or SamplingParams()])
+    async def _pieces(self, submit: Callable[[Emit], Request]) -> AsyncGenerator[StreamPiece, None]:
+        """Pieces of the request that `submit` queues with a receiver."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[StreamPiece]()
 
         def emit(piece: StreamPiece) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        [request] = self.submit([(prompt, params or SamplingParams(), emit)])
+        request = submit(emit)
         ended = 0
         try:
             while ended < len(request.sequences):  # a beam search ends with fewer than it has beams
@@ -102,6 +117,14 @@ class AsyncLLM:
             async for piece in pieces:
                 yield read(piece)
 
+    def session(self, on_full: str = "stop", keep_first: int = 0) -> AsyncSession:
+        """As LLM.session."""
+        return AsyncSession(self, self.llm.session(on_full, keep_first))
+
+    async def load_session(self, path: str | Path) -> AsyncSession:
+        """As LLM.load_session."""
+        return AsyncSession(self, await asyncio.to_thread(self.llm.load_session, path))
+
     async def _compile(self, each: Seq[SamplingParams]) -> None:
         """Compile grammars in another thread: they may take a second, and the event loop has others to serve."""
         for params in each:
@@ -114,11 +137,20 @@ class AsyncLLM:
 
         For services that deliver pieces their own way. Raises RequestError before anything runs.
         """
-        if self._stop:
+        if self.closed:
             raise ClosedError("This AsyncLLM was closed; create a new one.")
         requests = self.llm._submit(wanted)
-        self._wake.set()
+        self.wake()
         return requests
+
+    def wake(self) -> None:
+        """Something was queued: the engine's thread goes on."""
+        self._wake.set()
+
+    @property
+    def closed(self) -> bool:
+        """Whether no request is taken any more."""
+        return self._stop
 
     @property
     def alive(self) -> bool:

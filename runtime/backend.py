@@ -15,7 +15,7 @@ from llmx.runtime.mapped_cache import wanted
 from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.state import StatePool, plan_state
-from llmx.runtime.step_logits import HostLogits, StepLogits
+from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
 
 _KEPT_PREFILL_STEPS = 16
 
@@ -115,7 +115,7 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-class OrtBackend:
+class OrtBackend(HostPrefill):
     """A package on onnxruntime with IO binding: addresses are bound once, a step writes a few integers.
 
     Invariant: past and present of a state tensor are bound to the same memory, so a run updates the state in place.
@@ -169,19 +169,6 @@ class OrtBackend:
                 self._prefill_steps.pop(next(iter(self._prefill_steps)))
         self._prefill_steps[key] = step  # most recently used last
         return step
-
-    def prefill_last(
-        self,
-        slot: int,
-        token_ids: np.ndarray,
-        start: int,
-        prompt_length: int | None = None,
-        temperature: float = -1.0,
-    ) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
-
-    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
 
     def decode(
         self,

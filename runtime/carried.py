@@ -14,10 +14,10 @@ from llmx.runtime.errors import LlmxError, OutOfMemoryError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
-from llmx.runtime.step_logits import HostLogits, StepLogits
+from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
 
 
-class CarriedBackend:
+class CarriedBackend(HostPrefill):
     """A Backend over state that is passed from each call to the next.
 
     Invariant: a state value is never written once it exists, so slots may share it, and copying a slot costs nothing.
@@ -88,19 +88,6 @@ class CarriedBackend:
                 hidden.append(self._hidden[0, 0])
         self.last_hidden = np.array(hidden)[np.asarray(positions)] if hidden else None
         return asked
-
-    def prefill_last(
-        self,
-        slot: int,
-        token_ids: np.ndarray,
-        start: int,
-        prompt_length: int | None = None,
-        temperature: float = -1.0,
-    ) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
-
-    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
 
     def decode(
         self,

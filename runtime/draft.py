@@ -21,12 +21,14 @@ class DraftModel:
     def __init__(self, backend: Backend, vocab_size: int, chunk: int) -> None:
         """`vocab_size`: of the model that is guessed for, whose vocabulary may be padded otherwise."""
         self._backend, self._chunk = backend, chunk
+        self.steady = True
         self._vocab = vocab_size
         self._owners: list[Sequence | None] = [None] * backend.slots
         self._held: list[list[int]] = [[] for _ in range(backend.slots)]
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[Guess]]:
         self._free_ended()
+        self.steady = True
         guesses: list[list[Guess]] = [[] for _ in wanted]
         rows: dict[int, np.ndarray] = {}
         late: list[int] = []
@@ -107,6 +109,7 @@ class DraftModel:
         del held[start:]
         if start == len(tokens) - 1:
             return None
+        self.steady = self.steady and start >= len(tokens) - 2  # as after guesses that all stood
         logits = np.zeros(0)
         for begin in range(start, len(tokens), self._chunk):
             piece = np.array(tokens[begin : begin + self._chunk], np.int64)

@@ -12,12 +12,14 @@ import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.beam_requests import advance as advance_beams
 from llmx.runtime.beam_requests import check_slots, make_group
+from llmx.runtime.best_of import decide, scored
 from llmx.runtime.candidate_rows import choose_rows
 from llmx.runtime.candidates import WHOLE_ROW, asked, choose_from_step
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.history import History
 from llmx.runtime.manifest import Seq2SeqInfo
+from llmx.runtime.masks_ahead import MasksAhead
 from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prefix_cache import PrefixCache
@@ -53,6 +55,7 @@ class Engine:
         self.seq2seq = seq2seq
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size)
+        self.masks = MasksAhead()
         self.scheduler = Scheduler(
             backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
         )
@@ -84,7 +87,7 @@ class Engine:
         searches = (params.num_beams or 1) > 1
         if searches:
             check_slots(params, self.backend.slots)
-        count = (params.num_beams or 1) if searches else params.n
+        count = (params.num_beams or 1) if searches else params.num_samples
         form = None if wanted is None else StructuredOutputsParams.of(wanted)
         grammars = [None if form is None else self.grammars.compile(form) for _ in range(count)]
         if len(prompt_ids) >= longest:
@@ -95,6 +98,8 @@ class Engine:
         request = Request(
             f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source, session=session
         )
+        request.undecided = params.num_samples > params.n
+        drawn = scored(params) if request.undecided else params
         context = prompt_ids if source is None else []  # a decoder's prompt is no text that the output goes on from
         for index in range(count):
             seed = None if params.seed is None else (params.seed + index) % 2**64
@@ -102,14 +107,14 @@ class Engine:
                 Sequence(
                     request,
                     index,
-                    params,
+                    drawn,
                     make_generator(seed),
                     IncrementalDetokenizer(
                         self.tokenizer, context, params.skip_special_tokens, params.keep_special_tokens
                     ),
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     History(prompt_ids, rules, grammars[index]),
-                    asks=WHOLE_ROW if searches else asked(params),
+                    asks=WHOLE_ROW if searches else asked(drawn),
                 )
             )
         if searches:
@@ -286,6 +291,13 @@ class Engine:
         sequences = [s for s in sequences if s.slot is not None and s not in behind]
         if not sequences:
             return
+        start = time.perf_counter()
+        self._decode_rows(sequences)
+        if self.speculator is not None and not behind:
+            self.speculator.note_step(len(sequences), time.perf_counter() - start)
+
+    def _decode_rows(self, sequences: list[Sequence]) -> None:
+        """One token for each of the sequences, or several where guesses stand."""
         rows = self.scheduler.pool.num_rows
         tokens, lengths, active = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, bool)
         temperatures = np.zeros(rows, np.float32)
@@ -308,7 +320,7 @@ class Engine:
             lengths[sequence.slot] = sequence.num_cached
             active[sequence.slot] = True
             temperatures[sequence.slot] = self._asks(sequence)
-        with span("decode"):
+        with span("decode"), self.masks.during([s.history for s in sequences]):
             logits = self.backend.decode(tokens, lengths, active, temperatures)
         with span("sample"):
             choices = choose_rows(
@@ -439,15 +451,18 @@ class Engine:
             sequence.request.session.keep(self.backend, sequence)
         self.scheduler.drop(sequence)
         request = sequence.request
-        if request.finished:
+        if request.ended:
             request.prompt_logits = None
             request.metrics.finished = time.perf_counter()
         self._emit(sequence, text, sequence.output_ids[-1:] if new else [], logprobs)
+        if request.undecided and request.ended:
+            for piece in decide(request):
+                self._send(request, piece)
 
     def _emit(self, sequence: Sequence, text: str, ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
         sequence.text += text
         request = sequence.request
-        if request.emit is not None:
+        if request.emit is not None and not request.undecided:
             metrics = request.metrics if request.finished else None
             piece = StreamPiece(
                 text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics
@@ -457,7 +472,8 @@ class Engine:
     @staticmethod
     def _send(request: Request, piece: StreamPiece) -> None:
         """Hand `piece` over. A receiver that fails (its event loop is closed) ends its own request alone."""
-        assert request.emit is not None
+        if request.emit is None:
+            return
         try:
             request.emit(piece)
         except Exception:

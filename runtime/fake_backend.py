@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from llmx.runtime.step_logits import HostLogits, StepLogits
+from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
 
 
-class FakeBackend:
+class FakeBackend(HostPrefill):
     """A Backend whose logits are a pure function of the slot's tokens so far.
 
     Each slot keeps the tokens written at its positions. Writing past a gap, or asking for a position that was never
@@ -58,19 +58,6 @@ class FakeBackend:
             self._write(slot, start + offset, int(token))
         rows = [self.next_logits(self._written[slot][: start + int(p) + 1]) for p in positions]
         return np.array(rows, np.float32).reshape(len(rows), self.vocab_size)
-
-    def prefill_last(
-        self,
-        slot: int,
-        token_ids: np.ndarray,
-        start: int,
-        prompt_length: int | None = None,
-        temperature: float = -1.0,
-    ) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
-
-    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
-        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))
 
     def decode(
         self,

@@ -21,6 +21,7 @@ import numpy as np
 from llmx.runtime.params import SamplingParams
 
 _FIRST_CUT = 512  # candidates that top-p sorts before it pays for sorting them all
+_BINS = 2048  # parts of a large row that typical-p looks at before it sorts one of them
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,27 @@ def keep_typical(c: Candidates, mass: float) -> Candidates:
     probs = probabilities(c.logits)
     surprise, entropy = _surprise(c.logits, probs)
     distance = np.abs(surprise - np.float32(entropy))
-    order = np.argsort(distance, kind="stable")
-    below = int(np.count_nonzero(np.cumsum(probs[order], dtype=np.float64).astype(np.float32) < np.float32(mass)))
-    last = distance[order[min(below, len(order) - 1)]]
-    return c.take(np.flatnonzero(distance <= last))
+    return c.take(np.flatnonzero(distance <= _reaching(distance, probs, mass)))
+
+
+def _reaching(distance: np.ndarray, probs: np.ndarray, mass: float) -> np.float32:
+    """Of float32 [k] distances the one at which, from the smallest on, the probabilities add up to `mass` (compared in
+    float32); the largest where they never do. Only the part of a large row where that happens is sorted.
+    """
+    before, places = 0.0, np.arange(len(distance))
+    largest = distance.max()
+    if len(distance) > 4 * _FIRST_CUT and largest > 0:
+        bins = np.minimum((distance * (np.float32(_BINS) / largest)).astype(np.intp), _BINS - 1)
+        ends = np.cumsum(np.bincount(bins, probs, _BINS))
+        reached = np.flatnonzero(ends.astype(np.float32) >= np.float32(mass))
+        if not len(reached):
+            return np.float32(largest)
+        here = int(reached[0])
+        before, places = float(ends[here - 1]) if here else 0.0, np.flatnonzero(bins == here)
+    order = places[np.argsort(distance[places], kind="stable")]
+    sums = (before + np.cumsum(probs[order], dtype=np.float64)).astype(np.float32)
+    below = int(np.count_nonzero(sums < np.float32(mass)))
+    return np.float32(distance[order[min(below, len(order) - 1)]])
 
 
 def keep_epsilon(c: Candidates, epsilon: float) -> Candidates:

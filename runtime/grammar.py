@@ -26,7 +26,7 @@ class Grammar:
     """Where one output stands in its grammar.
 
     Invariant: the matcher has consumed the output's first `_done` tokens. `_forced` are tokens that must come next,
-    in this order, as far as they are known.
+    in this order, as far as they are known. `_mask` is what may come after these `_done` tokens, or None.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, num_words: int) -> None:
@@ -37,12 +37,14 @@ class Grammar:
         self._done = 0
         self._wrong = False  # a token was consumed that the grammar has no place for
         self._forced: list[int] = []
+        self._mask: np.ndarray | None = None
 
     def follow(self, tokens: list[int], start: int) -> None:
         """Consume what came since, of the output `tokens[start:]`."""
         for token in tokens[start + self._done :]:
             if self._wrong:
                 return
+            self._mask = None
             if self._forced and self._forced[0] == token:
                 self._forced.pop(0)
             else:
@@ -54,7 +56,7 @@ class Grammar:
     def undo(self, length: int) -> None:
         """Forget all tokens of the output but the first `length`."""
         self._wrong = False
-        self._forced = []
+        self._forced, self._mask = [], None
         if length < self._done:
             self._matcher.rollback(self._done - length)
             self._done = length
@@ -81,11 +83,18 @@ class Grammar:
         """bool [vocab]: which tokens may come next, the end tokens where the output may end here."""
         if self._wrong:
             return np.zeros(self._vocab_size, bool)
+        if self._mask is None:
+            self.prepare()
+            self._check()
+            assert self._mask is not None
+        return self._mask
+
+    def prepare(self) -> None:
+        """Compute `mask`, in whichever thread has the time. What is wrong with it, `mask` says."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        self._check()
-        bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
-        mask: np.ndarray = bits[: self._vocab_size].view(bool)
-        return mask
+        if not self._matcher.is_error():
+            bits = np.unpackbits(self._bits.view(np.uint8), bitorder="little")
+            self._mask = bits[: self._vocab_size].view(bool)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import TracebackType
@@ -12,20 +11,21 @@ from typing import Any
 
 import numpy as np
 from llmx.runtime.audio import log_mel
-from llmx.runtime.backend import Backend, open_backend, score_tokens
-from llmx.runtime.conversation import ChatRequest, Conversations
+from llmx.runtime.backend import Backend, open_backend
+from llmx.runtime.conversation import Conversations
 from llmx.runtime.driver import Driver, PieceStream
-from llmx.runtime.encoder import COMMANDS, Encoder, Filled, Label, Ranked, Text, TokenLabel, open_encoder
+from llmx.runtime.encoder import Encoder, open_encoder
 from llmx.runtime.engine import Engine
 from llmx.runtime.errors import ContextLengthError, FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
+from llmx.runtime.llm_chat import ChatMethods
+from llmx.runtime.llm_encoder import EncoderMethods
+from llmx.runtime.llm_scoring import ScoringMethods
 from llmx.runtime.manifest import Manifest, load_manifest
 from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.perplexity import Perplexity, sliding
-from llmx.runtime.prompts import Prompt, as_list, is_token
+from llmx.runtime.prompts import Prompt, as_list
 from llmx.runtime.scheduler import Request
-from llmx.runtime.session import Session
 from llmx.runtime.speculation import Speculation
 from llmx.runtime.speculator import Speculator, open_speculator
 from llmx.runtime.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from llmx.runtime.tracing import span
 from llmx.runtime.transcribe import Transcript, transcribe
 
 
-class LLM:
+class LLM(EncoderMethods, ScoringMethods, ChatMethods):
     """A model package loaded for generation: numpy, onnxruntime and tokenizers, no PyTorch.
 
     Threads: every method may be called from several threads at once; their requests share the steps and the batch
@@ -140,83 +140,9 @@ class LLM:
             backend, tokenizer, prefill_chunk, manifest.seq2seq, prefix_cache_bytes, speculator
         )
         self._conversations = Conversations(folder, tokenizer)
-
-    @property
-    def max_length(self) -> int:
-        """Positions that a request may take, prompt and output together."""
-        return self.backend.max_length if self.encoder is None else self.encoder.info.max_length
-
-    # -- encoders -----------------------------------------------------------------------------------------------------
-
-    def embed(self, texts: str | Seq[Text | Seq[int]], **options: Any) -> np.ndarray:
-        """Embeddings float32 [n, dimension] of texts (or lists of token ids); options as `Encoder.embed`'s:
-        `dimensions`, `normalize`, `prompt_name`, `truncate`, `batch_size`. Raises FamilyError for another package.
-        """
-        return self._encoder("embed").embed([texts] if isinstance(texts, str) else texts, **options)
-
-    def hidden_states(self, texts: str | Seq[Text | Seq[int]], **options: Any) -> list[np.ndarray]:
-        """The final hidden states of each text, float32 [tokens, hidden]: an embedding model's, or, of a decoder exported
-        with `--with-hidden-states`, what its output head reads. Raises FamilyError for another package.
-        """
-        if self.encoder is None and not options:
-            return self._decoder_states([texts] if isinstance(texts, str) else texts)
-        return self._encoder("embed").hidden_states([texts] if isinstance(texts, str) else texts, **options)
-
-    def _decoder_states(self, texts: Seq[Any]) -> list[np.ndarray]:
-        outputs = [t.role for graph in self.manifest.graphs.values() for t in graph.outputs]
-        if "last_hidden_state" not in outputs:
-            raise FamilyError(f"{self.folder} returns no hidden states; export it again with --with-hidden-states.")
-        states = []
-        for text in texts:
-            ids = self._encode(text)
-            self.engine.check_ids(ids)
-            if len(ids) > self.max_length:
-                raise ContextLengthError(
-                    f"The text has {len(ids)} tokens and the context holds {self.max_length}; give shorter pieces."
-                )
-            with self._driver.at_rest():
-                rows = []
-                chunk = self.prefill_chunk if self.backend.chunked else self.max_length
-                for start in range(0, len(ids), chunk):
-                    piece = np.array(ids[start : start + chunk], np.int64)
-                    self.backend.prefill(0, piece, start, np.arange(len(piece)), len(ids))
-                    assert self.backend.last_hidden is not None
-                    rows.append(self.backend.last_hidden.astype(np.float32))
-            states.append(np.concatenate(rows))
-        return states
-
-    def classify(self, texts: str | Seq[Text], **options: Any) -> list[list[Label]]:
-        """All labels of each text, or pair of texts, the likeliest first."""
-        return self._encoder("classify").classify([texts] if isinstance(texts, str) else texts, **options)
-
-    def rerank(self, query: str, documents: Seq[str], **options: Any) -> list[Ranked]:
-        """Documents by how well they answer `query`, the best first (cross-encoders)."""
-        return self._encoder("rerank").rerank(query, documents, **options)
-
-    def classify_tokens(self, texts: str | Seq[str], **options: Any) -> list[list[TokenLabel]]:
-        """The likeliest label of every token that stands for text."""
-        return self._encoder("classify tokens").classify_tokens([texts] if isinstance(texts, str) else texts, **options)
-
-    def fill_mask(self, texts: str | Seq[str], **options: Any) -> list[list[list[Filled]]]:
-        """For each text, for each mask token in it, the likeliest tokens."""
-        return self._encoder("fill masks").fill_mask([texts] if isinstance(texts, str) else texts, **options)
-
-    def _encoder(self, what: str) -> Encoder:
-        self._driver.check_usable()
-        if self.encoder is None:
-            raise FamilyError(
-                f"{self.folder} generates text and does not {what}; use `llmx run`, or export an encoder "
-                "(`llmx export --task embed` makes an embedding model of a decoder)."
-            )
-        return self.encoder
-
-    def need_generation(self) -> None:
-        """Raises FamilyError where the package does not generate text."""
-        if self.encoder is not None:
-            raise FamilyError(
-                f"{self.folder} is an encoder for {self.encoder.info.task} and does not generate text; "
-                f"use {COMMANDS[self.encoder.info.task]}."
-            )
+        if speculator is not None:
+            with span("measure passes"):
+                speculator.calibrate(self.engine)
 
     # -- generation ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +167,7 @@ class LLM:
         for request in requests:
             if request.error is not None:
                 raise request.error
-        return [_output(request) for request in requests]
+        return [output_of(request) for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> PieceStream:
         """Continue a prompt, yielding text as soon as it is certain. Closing (or dropping) the iterator frees the slot.
@@ -281,116 +207,6 @@ class LLM:
         self._driver.check_usable()
         self.need_generation()
         return transcribe(self, audio, sampling_rate, language, task, params or SamplingParams(), generate)
-
-    def chat(
-        self,
-        messages: Seq[Mapping[str, Any]],
-        params: SamplingParams | None = None,
-        *,
-        stream: bool = False,
-        **options: Any,
-    ) -> RequestOutput | PieceStream:
-        """Answer a conversation through the package's chat template; `stream=True` yields pieces instead.
-
-        The answer is taken apart: `outputs[i].message` (a ChatMessage: content, reasoning_content, tool_calls), and
-        `delta` of each piece. Options as `chat_request`'s.
-        """
-        return self.answer(self.chat_request(messages, **options), params, stream=stream)
-
-    def answer(
-        self, request: ChatRequest, params: SamplingParams | None = None, *, stream: bool = False
-    ) -> RequestOutput | PieceStream:
-        """As `chat`, of a request made before."""
-        if stream:
-            return self.stream(request.token_ids, request.params(params)).map(request.reader())
-        return request.parsed(self.generate([request.token_ids], request.params(params))[0])
-
-    def chat_request(self, messages: Seq[Mapping[str, Any]], **options: Any) -> ChatRequest:
-        """What `chat` runs: the conversation's prompt, and the parser of the answer. Options:
-
-        tools: JSON schemas of functions, as OpenAI's API has them. documents: mappings with title and text.
-        chat_template: the name of one of the package's templates, or a template's text.
-        continue_final_message: go on with the last message instead of beginning a new one (a string: this field of it).
-        add_generation_prompt: end with the header of the assistant's turn (None: yes, unless continuing).
-        tool_calls, reasoning: the format of the answer (docs/chat.md), None to leave it in the text.
-        Anything else is a variable of the template. Raises RequestError.
-        """
-        self.need_generation()
-        return self._conversations.request(messages, **options)
-
-    @property
-    def conversations(self) -> Conversations:
-        """The package's chat templates, and the format of its answers."""
-        self.need_generation()
-        return self._conversations
-
-    def chat_prompt(self, messages: Seq[Mapping[str, Any]], **options: Any) -> str:
-        """The text that the chat template makes of `messages`; options as `chat_request`'s."""
-        return self.chat_request(messages, **options).prompt
-
-    def chat_ids(self, messages: Seq[Mapping[str, Any]], **options: Any) -> list[int]:
-        """Token ids of `chat_prompt` (the template writes its special tokens itself)."""
-        return self.chat_request(messages, **options).token_ids
-
-    def session(self, on_full: str = "stop", keep_first: int = 0) -> Session:
-        """A conversation that computes its past once: append, generate, chat, rewind, fork, save. docs/decoding.md.
-
-        `on_full`: where the context has no room for an answer, "stop" refuses it and "shift" forgets the oldest tokens
-        but the first `keep_first`. Raises FamilyError where the package does not continue texts.
-        """
-        return Session(self, on_full, keep_first)
-
-    def load_session(self, path: str | Path) -> Session:
-        """A session that `Session.save` wrote. Raises RequestError for another package's or a damaged file,
-        ContextLengthError where this LLM's context is too short.
-        """
-        return Session.load(self, path)
-
-    def score(self, prompts: Prompt | Seq[Prompt]) -> list[list[float]]:
-        """Natural-log probability of each token given those before it; the first has none, so n tokens give n - 1.
-
-        Raises RequestError for a prompt without tokens, ContextLengthError for more than `max_length` of them.
-        """
-        self._need_scores()
-        results = []
-        for prompt in as_list(prompts):
-            ids = self._encode(prompt)
-            self.engine.check_ids(ids)
-            if len(ids) > self.max_length:
-                raise ContextLengthError(
-                    f"The text has {len(ids)} tokens and the context holds {self.max_length}; score shorter pieces."
-                )
-            results.append(self._score(ids, 1))
-        return results
-
-    def perplexity(self, text: Prompt, *, stride: int | None = None, max_length: int | None = None) -> Perplexity:
-        """Perplexity of a text of any length, with a window of `max_length` tokens (None: the whole context) that moves by
-        `stride` (None: half a window) and scores what no window before it scored.
-
-        Raises RequestError for fewer than two tokens, a window beyond the context, or a stride beyond the window.
-        """
-        self._need_scores()
-        ids = self._encode(text)
-        self.engine.check_ids(ids)
-        length = self.max_length if max_length is None else max_length
-        if not 2 <= length <= self.max_length:
-            raise RequestError(f"max_length must lie between 2 and {self.max_length}, and is {length}.")
-        step = max(1, length // 2) if stride is None else stride
-        if not 1 <= step <= length:
-            raise RequestError(f"stride must lie between 1 and the window's {length} tokens, and is {step}.")
-        if len(ids) < 2:
-            raise RequestError("The text has one token, and perplexity needs two; give a longer text.")
-        return sliding(ids, length, step, self._score)
-
-    def _need_scores(self) -> None:
-        self.need_generation()
-        if self.manifest.seq2seq is not None:
-            raise FamilyError(f"{self.folder} is an encoder-decoder, whose prompts have no probabilities to score.")
-
-    def _score(self, ids: list[int], first: int) -> list[float]:
-        chunk = self.prefill_chunk if self.backend.chunked else self.max_length
-        with self._driver.at_rest():
-            return score_tokens(self.backend, np.array(ids, np.int64), chunk, first)
 
     def warmup(self) -> None:
         """Run every graph once, so that the first request meets warm code and touched memory."""
@@ -452,16 +268,6 @@ class LLM:
             if not request.finished:
                 self.engine.cancel(request)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            with span("tokenise"):
-                return self.tokenizer.encode(prompt)
-        if isinstance(prompt, Iterable) and not isinstance(prompt, (bytes, bytearray, memoryview, Mapping)):
-            tokens = list(prompt)
-            if all(is_token(token) for token in tokens):
-                return [operator.index(token) for token in tokens]
-        raise RequestError("A prompt must be text or a list of token ids.")
-
     def _each_params(self, params: SamplingParams | Seq[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * count
@@ -479,6 +285,7 @@ class LLM:
 
     def _release(self) -> None:
         self.backend.close()
+        self.engine.masks.close()
         if self.engine.speculator is not None:
             self.engine.speculator.close()
 
@@ -498,13 +305,15 @@ def _prompt_ids(request: Request) -> list[int]:
     return ids
 
 
-def _output(request: Request) -> RequestOutput:
+def output_of(request: Request) -> RequestOutput:
+    """What the caller of a finished request gets."""
+    scored = request.params.logprobs is not None
     outputs = [
         CompletionOutput(
             s.index,
             s.text,
             s.output_ids,
-            s.logprobs if s.params.logprobs is not None else None,
+            s.logprobs if scored else None,
             s.cumulative_logprob if s.params.logprobs is not None or request.beams is not None else None,
             s.finish_reason,
             s.stop_reason,

@@ -50,6 +50,7 @@ class SamplingParams:
 
     Args:
         n: completions per prompt (they share the prompt's prefill).
+        best_of: generate so many and return the `n` of the largest `cumulative_logprob`, the best first.
         max_tokens: most tokens to generate.
         min_tokens: end tokens are masked and stop strings ignored until this many tokens exist.
         temperature: divides the logits; 0 is greedy.
@@ -80,6 +81,8 @@ class SamplingParams:
         allowed_token_ids: nothing else may come (not even an end token).
         bad_words: strings whose tokens may not come in the output.
         bad_words_ids: lists of token ids that may not come, not even begun by the prompt (transformers').
+        suppress_tokens: tokens that may not come (transformers').
+        begin_suppress_tokens: tokens that may not come first (transformers').
         max_time: seconds from the request's arrival after which it ends with what it has (waiting for a slot included).
         keep_special_tokens: ids of special tokens that stay in the text (a chat format's markers).
         structured_outputs: what the output must look like: `StructuredOutputsParams`, or a mapping of its fields.
@@ -120,6 +123,9 @@ class SamplingParams:
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
+    best_of: int | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self._set("n", _integer("n", self.n, 1, 256))
@@ -142,10 +148,15 @@ class SamplingParams:
         self._set("bad_words", _words(self.bad_words))
         if self.bad_words_ids is not None:
             self._set("bad_words_ids", _word_ids(self.bad_words_ids))
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            ids = getattr(self, name)
+            self._set(name, None if ids is None else _token_ids(name, ids, MAX_COUNT))
         if self.structured_outputs is not None:
             self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
         if not (self.early_stopping is None or isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise RequestError(f'early_stopping must be true, false or "never", and is {_show(self.early_stopping)}.')
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of ({self.best_of}) must not be below n ({self.n}).")
         if (self.num_beams or 1) > 1:
             self._check_beams()
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
@@ -158,9 +169,16 @@ class SamplingParams:
             raise RequestError("num_beams and structured_outputs do not go together; leave one of them out.")
         if self.n > (self.num_beams or 1):
             raise RequestError(f"n ({self.n}) must not exceed num_beams ({self.num_beams}).")
+        if self.num_samples > self.n:
+            raise RequestError("num_beams and best_of do not go together; leave one of them out.")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the class is frozen for everyone else
+
+    @property
+    def num_samples(self) -> int:
+        """Outputs that are drawn, of which `n` are returned."""
+        return self.best_of or self.n
 
     @property
     def stop_strings(self) -> list[str]:
@@ -181,7 +199,8 @@ class SamplingParams:
             longest = self.max_tokens or given.get("max_tokens") or DEFAULT_MAX_TOKENS
             given["min_tokens"] = min(given["min_tokens"], longest)
         beams = given.get("num_beams", 1) if self.num_beams is None else self.num_beams
-        if self.num_beams is None and (self.temperature or self.n > beams or self.structured_outputs is not None):
+        sampled = self.temperature or self.num_samples > self.n or self.n > beams
+        if self.num_beams is None and (sampled or self.structured_outputs is not None):
             given["num_beams"] = 1  # who asks for samples gets them
         elif beams > 1:
             given["temperature"] = 0.0
@@ -207,6 +226,7 @@ _OPTIONAL_INTEGERS = (
     ("min_tokens", 0, MAX_COUNT),
     ("top_k", -1, MAX_COUNT),
     ("num_beams", 1, 64),
+    ("best_of", 1, 256),
     ("seed", 0, 2**64 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),

@@ -52,16 +52,22 @@ def make_rules(
     _check("logit_bias", [token for token, _ in bias], vocab_size)
     _check("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check("bad_words_ids", [token for word in word_ids for token in word], vocab_size)
+    _check("suppress_tokens", params.suppress_tokens or (), vocab_size)
+    _check("begin_suppress_tokens", params.begin_suppress_tokens or (), vocab_size)
     ends = {token for token in tokenizer.info.eos_token_ids if token < vocab_size}
     words = [BadWord(ids) for text in params.bad_words for ids in _spellings(text, tokenizer)]
     # transformers lets a single end token pass
     words += [BadWord(ids, True) for ids in word_ids if len(ids) > 1 or ids[0] not in ends]
     suppressed = {word.ids[0] for word in words if len(word.ids) == 1}
-    suppressed |= set(seq2seq.suppress_tokens) if seq2seq is not None else set()
+    suppressed |= set(params.suppress_tokens or ())
+    first = list(params.begin_suppress_tokens or ())
+    if seq2seq is not None:
+        suppressed |= set(seq2seq.suppress_tokens)
+        first += [token for token in seq2seq.begin_suppress_tokens if token not in first]
     return Rules(
         ends=tuple(sorted(ends | set(params.stop_token_ids))),
         suppressed=tuple(sorted(token for token in suppressed if token < vocab_size)),
-        suppressed_first=tuple(seq2seq.begin_suppress_tokens) if seq2seq is not None else (),
+        suppressed_first=tuple(first),
         forced_last=seq2seq.forced_eos_token_id if seq2seq is not None and not params.ignore_eos else None,
         allowed=None if params.allowed_token_ids is None else np.unique(np.array(params.allowed_token_ids, np.int64)),
         bias=(np.array([t for t, _ in bias], np.int64), np.array([v for _, v in bias], np.float32)) if bias else None,

@@ -111,6 +111,7 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
         or params.logit_bias
         or params.bad_words
         or params.bad_words_ids
+        or params.suppress_tokens
         or params.allowed_token_ids is not None
         or params.structured_outputs is not None
     ):
@@ -118,7 +119,9 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
     if history is None:
         return False
     rules = history.rules
-    restricted = rules.suppressed or rules.suppressed_first or rules.forced_last is not None
+    restricted = (
+        rules.suppressed or rules.forced_last is not None or (rules.suppressed_first and not history.num_output)
+    )
     return bool(restricted) or history.num_output < (params.min_tokens or 0)
 
 

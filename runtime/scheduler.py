@@ -85,6 +85,7 @@ class Request:
     prompt_logits: Any = None  # float [vocab] after the prompt, while siblings still wait for it
     session: Any = None  # the Session that it continues
     beams: Any = None  # a BeamGroup: the sequences are its beams until it is done, then its best outputs
+    undecided: bool = False  # `best_of`: the sequences are all that are drawn until it is known which are the best
 
     @property
     def num_prompt(self) -> int:
@@ -98,7 +99,12 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return self.error is not None or all(s.finish_reason is not None for s in self.sequences)
+        return self.error is not None or (not self.undecided and self.ended)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sequence goes on."""
+        return all(s.finish_reason is not None for s in self.sequences)
 
 
 class SlotPool:

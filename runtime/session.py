@@ -19,6 +19,7 @@ from llmx.runtime.session_file import load_session, save_session
 
 if TYPE_CHECKING:
     from llmx.runtime.backend import Backend
+    from llmx.runtime.conversation import ChatRequest
     from llmx.runtime.llm import LLM
     from llmx.runtime.scheduler import Request, Sequence
 
@@ -139,14 +140,19 @@ class Session:
         rest is added; where it does not (a message was changed, or a template that rewrites the past), the session goes
         back to where the two part.
         """
-        asked = self._llm.chat_request(messages, **arguments)
-        self._follow(asked.prompt)
+        asked = self.ask(messages, **arguments)
         if not stream:
             return asked.parsed(self.generate(asked.params(params)))
         pieces: deque[StreamPiece] = deque()
         read = asked.reader()
         request = self._submit(asked.params(params), lambda piece: pieces.append(read(piece)))
         return PieceStream(self._llm._driver, request, pieces)
+
+    def ask(self, messages: Seq[Mapping[str, Any]], **arguments: Any) -> ChatRequest:
+        """Make the session hold the conversation as its template writes it; what `chat` goes on from."""
+        asked = self._llm.chat_request(messages, **arguments)
+        self._follow(asked.prompt)
+        return asked
 
     def _follow(self, text: str) -> None:
         """Make the session hold `text`."""

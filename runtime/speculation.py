@@ -32,7 +32,8 @@ class Speculation:
     the last tokens where they occurred before, in the prompt or the output.
 
     Args:
-        num_tokens: guesses a pass; None: 0 to `max_tokens`, chosen for each request by how many of its guesses stood.
+        num_tokens: guesses a pass; None: 0 to `max_tokens`, chosen by how many of a request's guesses stood and what passes
+            cost.
         max_tokens: most guesses a pass.
         max_ngram: longest run of tokens that prompt lookup looks for; it tries shorter ones down to `min_ngram`.
     """
@@ -73,6 +74,8 @@ class Guess:
 class Drafter(Protocol):
     """Guesses for sequences. What it keeps of one it forgets by itself once the sequence has ended."""
 
+    steady: bool  # whether the last guesses cost what guesses cost, and no prompt had to be read first
+
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[Guess]]:
         """At most so many guesses of what follows each sequence's tokens."""
         ...
@@ -85,6 +88,8 @@ class PromptLookup:
 
     Source: Saxena 2023, "Prompt Lookup Decoding"; transformers' `prompt_lookup_num_tokens`.
     """
+
+    steady = True
 
     def __init__(self, max_ngram: int, min_ngram: int) -> None:
         self._sizes = range(max_ngram, min_ngram - 1, -1)
@@ -134,59 +139,6 @@ def _residual(p: Candidates, weights: np.ndarray, q: Candidates, others: np.ndar
     left = weights - np.where(q.ids[places] == p.ids, others[places], 0)
     kept = np.flatnonzero(left > 0)
     return Candidates(p.ids[kept], np.log(left[kept])) if len(kept) else p
-
-
-@dataclass
-class Costs:
-    """Of one step of plain decoding: what each further position of a pass costs, and each guess."""
-
-    position: float = 0.05
-    guess: float = 0.0
-
-
-class Progress:
-    """What speculation knows of one sequence: how many guesses stood, and where its n-grams were.
-
-    `rate` is the chance that a guess stands given that those before it did, recent passes counting most. It depends on
-    the sequence alone, so that a request's tokens do not depend on what shares its batch.
-    """
-
-    def __init__(self) -> None:
-        self.accepted, self.judged = 1.4, 2.0  # where one begins: 0.7
-        self.skipped = 0
-        self._ngrams: dict[int, tuple[dict[tuple[int, ...], int], int]] = {}
-
-    @property
-    def rate(self) -> float:
-        return self.accepted / self.judged
-
-    def note(self, accepted: int, judged: int) -> None:
-        """`judged` guesses were looked at, of which all, or all but the last, stood."""
-        self.accepted, self.judged = 0.9 * self.accepted + accepted, 0.9 * self.judged + judged
-
-    def num_guesses(self, most: int, costs: Costs, rows: int = 1) -> int:
-        """How many guesses promise the most tokens for the time, with `rows` rows in a pass; now and then one, to see
-        whether that has changed, where none do.
-        """
-        rate = min(self.rate, 0.98)
-        best, gain = 0, 1.0
-        for count in range(1, most + 1):
-            tokens = (1 - rate ** (count + 1)) / (1 - rate)
-            speed = tokens / (1 + count * (costs.position * rows + costs.guess))
-            if speed > gain:
-                best, gain = count, speed
-        self.skipped = 0 if best else self.skipped + 1
-        if self.skipped >= 16 and most:
-            self.skipped, best = 0, 1
-        return best
-
-    def ngrams(self, size: int, tokens: list[int]) -> dict[tuple[int, ...], int]:
-        """Each run of `size` tokens that something follows -> where its latest occurrence ends."""
-        found, done = self._ngrams.get(size, ({}, size))
-        for end in range(done, len(tokens)):
-            found[tuple(tokens[end - size : end])] = end
-        self._ngrams[size] = found, max(done, len(tokens))
-        return found
 
 
 def check_backend(layouts: set[str]) -> None:

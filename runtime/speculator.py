@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llmx.runtime.backend import Backend, open_backend
@@ -14,14 +14,13 @@ from llmx.runtime.draft import DraftModel
 from llmx.runtime.errors import FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
+from llmx.runtime.pace import Costs, Pace, Probe, Progress
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Choice, choose, distribution, needs_full_row
+from llmx.runtime.sampling import Choice, choose, needs_full_row
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import (
-    Costs,
     Drafter,
     Guess,
-    Progress,
     PromptLookup,
     Speculation,
     check_backend,
@@ -32,6 +31,9 @@ from llmx.runtime.step_logits import HostLogits, StepLogits
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 
+if TYPE_CHECKING:
+    from llmx.runtime.engine import Engine
+
 #: Bytes of weights up to which a draft runs on one thread: waking others costs more than they save.
 _SMALL = 8 << 20
 
@@ -39,12 +41,38 @@ _SMALL = 8 << 20
 Take = Callable[[Sequence, Callable[[], Choice]], bool]
 
 
+class _Echo:
+    """Guesses the last token again: as cheap as looking one up, and always there."""
+
+    steady = True
+
+    def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[Guess]]:
+        return [[Guess(sequence.tokens[-1])] * most for sequence, most in wanted]
+
+    def close(self) -> None:
+        pass
+
+
 class Speculator:
-    """Guesses and judges for the sequences of a step. The engine gives it those that decode and gets the rest back."""
+    """Guesses and judges for the sequences of a step. The engine gives it those that decode and gets the rest back.
+
+    How many guesses pay depends on measured times. The tokens of a request do not: where guesses are drawn, and so their
+    number changes which random numbers are, a request with a seed goes by the times measured at load (`costs`), others
+    by the latest (`pace`).
+    """
 
     def __init__(self, settings: Speculation, backend: Backend, drafter: Drafter, costs: Costs | None = None) -> None:
         self.settings, self.costs = settings, costs or Costs()
+        self.pace = Pace(self.costs)
         self._backend, self._drafter = backend, drafter
+        self._draws = not settings.prompt_lookup
+        self._probe = Probe(longest=1024, passes=4)  # a draft has to read what it missed before it can guess
+        self._all = Progress()  # of all sequences together: where a new one begins
+        self._count = 0  # guesses for a row of the step in progress
+        self._fixed = settings.num_tokens  # guesses that are made in any case
+        self._drafting = 0.0  # seconds that the step in progress has spent on guesses
+        #: Passes that judged guesses, guesses, and those that stood, so far.
+        self.counts = [0, 0, 0]
 
     def guess(self, sequences: list[Sequence]) -> dict[Sequence, list[Guess]]:
         """Guesses for those of `sequences` that have any."""
@@ -52,26 +80,42 @@ class Speculator:
         wanted = [(sequence, most) for sequence, most in wanted if most > 0]
         if not wanted:
             return {}
+        start = time.perf_counter()
         with span("draft"):
             proposed = self._drafter.propose(wanted)
+        self._drafting = time.perf_counter() - start
         return {sequence: guesses for (sequence, _), guesses in zip(wanted, proposed, strict=True) if guesses}
 
     def _num_guesses(self, sequence: Sequence, rows: int) -> int:
         room = self._backend.max_length - len(sequence.tokens)
         wanted = (sequence.params.max_tokens or 0) - sequence.num_output - 1
-        most = min(self.settings.num_tokens or self.settings.max_tokens, room, wanted)
+        most = min(self.settings.max_tokens if self._fixed is None else self._fixed, room, wanted)
         turn = self._backend.recompute_at
         if turn is not None and sequence.num_cached <= turn:  # its state is computed anew at `turn`, by plain decoding
             most = min(most, turn - sequence.num_cached - 1)
         if most <= 0 or sequence.request.beams is not None:
             return 0
+        seeded = self._draws and sequence.params.temperature != 0.0 and sequence.params.seed is not None
         if sequence.speculation is None:
-            sequence.speculation = Progress()
-        if self.settings.num_tokens is not None:
+            sequence.speculation = Progress() if seeded else self._progress()
+        if self._fixed is not None:
             return most
-        # where guesses are drawn their number changes what is drawn, so it must not depend on the rest of the batch
-        alone = not self.settings.prompt_lookup and sequence.params.temperature != 0.0
-        return sequence.speculation.num_guesses(most, self.costs, 1 if alone else rows)
+        if seeded:
+            return int(sequence.speculation.num_guesses(most, self.costs.line()))
+        if self.pace.stale(rows):
+            return 0
+        return int(sequence.speculation.num_guesses(most, self.pace.line(rows)))
+
+    def _progress(self) -> Progress:
+        """Of a new sequence, which begins with what is known of others. For a draft one of them looks again for all; lookup
+        is free, and each looks for itself.
+        """
+        return Progress(self._all.rate, self._probe if self._draws else Probe(longest=16))
+
+    def note_step(self, rows: int, seconds: float) -> None:
+        """The step of `rows` sequences that `run` began took so long in all."""
+        if self._drafter.steady or not self._count:
+            self.pace.note(rows, self._count, seconds)
 
     def run(self, sequences: list[Sequence], lengths: np.ndarray, take: Take) -> list[Sequence]:
         """Decode those of `sequences` that have guesses; the others, which are to decode plainly.
@@ -79,6 +123,7 @@ class Speculator:
         `lengths`, int64 [n]: positions that each of the slots 0 … n - 1 holds.
         """
         guesses = self.guess(sequences)
+        self._count = max((len(guessed) for guessed in guesses.values()), default=0)
         if not guesses:
             return sequences
         if len(guesses) > 1 and self._backend.verifies_batches:
@@ -149,7 +194,47 @@ class Speculator:
             metrics.num_drafted += len(guesses)
             metrics.num_accepted += accepted
             metrics.num_verifications += 1
+            self.counts = [a + b for a, b in zip(self.counts, (1, len(guesses), accepted), strict=True)]
             sequence.speculation.note(accepted, judged)
+            self._all.note(accepted, judged)
+
+    def calibrate(self, engine: Engine, repeats: int = 6, most: float = 0.5) -> None:
+        """Measure what passes cost, by steps of a request of its own; before any other runs. At least two of each kind,
+        no more after `most` seconds.
+        """
+        if self._fixed is not None or self._backend.max_length < 64 + 10 * repeats:
+            return
+        drafter, self._drafter = self._drafter, self._drafter if self._draws else _Echo()
+        params = SamplingParams(temperature=0.0, max_tokens=8 * repeats + 8, ignore_eos=True).resolved({})
+        request = engine.add(None, [0] * 16, params)
+        engine.step()  # its prompt
+        times: dict[int, list[float]] = {0: [], 1: [], 4: []}
+        drafting: list[float] = []
+        begin = time.perf_counter()
+        for repeat in range(repeats):
+            for count, found in times.items():
+                self._fixed = count
+                start = time.perf_counter()
+                engine.step()
+                found.append(time.perf_counter() - start)
+            drafting.append(self._drafting)
+            if repeat >= 2 and time.perf_counter() - begin > most:
+                break
+        self._fixed, self._drafter = None, drafter
+        engine.cancel(request)
+        engine.step()
+        engine.num_output_tokens = 0
+        if request.error is None:
+            self._learn({count: min(found[1:]) for count, found in times.items()}, min(drafting[1:]))
+        self.counts, self._all = [0, 0, 0], Progress()
+
+    def _learn(self, times: dict[int, float], drafting: float) -> None:
+        """Costs from seconds of a step by its number of guesses, and of drafting the most of them."""
+        plain, one, many = times[0], times[1] / times[0], times[4] / times[0]
+        slope = max(many - one, 0.0) / 3
+        guess = min(drafting / 4 / plain, slope) if self._draws else 0.0
+        self.costs = Costs(slope - guess, guess, max(one - 1 - slope, -0.5))
+        self.pace = Pace(self.costs, plain)
 
     def close(self) -> None:
         self._drafter.close()
@@ -178,7 +263,7 @@ def open_speculator(
     check_backend({tensor.layout for tensor in manifest.state})
     if settings.prompt_lookup:
         drafter: Drafter = PromptLookup(settings.max_ngram, settings.min_ngram)
-        return Speculator(settings, backend, drafter, measure(backend, None))
+        return Speculator(settings, backend, drafter)
     assert settings.draft is not None
     folder = resolve_package(settings.draft, None)
     draft = load_manifest(folder)
@@ -192,41 +277,4 @@ def open_speculator(
     if not model.rewinds:
         model.close()
         raise RequestError(f"{folder} keeps a recurrence, which cannot take guesses back; choose another draft.")
-    return Speculator(settings, backend, DraftModel(model, backend.vocab_size, chunk), measure(backend, model))
-
-
-def measure(backend: Backend, draft: Backend | None, guesses: int = 4, repeats: int = 5) -> Costs:
-    """What a pass costs here, in the order in which a pass runs and with the choice of its tokens: some steps of each model
-    on slots that hold nothing yet.
-    """
-    if guesses + 2 > backend.max_length:
-        return Costs()
-    greedy, ask = SamplingParams().resolved({}), np.zeros(1, np.float32)
-
-    def choices(rows: StepLogits) -> None:
-        for index in range(len(rows)):
-            if rows.greedy(index) is None:
-                distribution(rows.row(index), greedy)
-
-    def judging() -> None:
-        choices(backend.prefill_each(0, many, 1, 0.0))
-
-    def guessing() -> None:
-        for _ in range(guesses if draft is not None else 0):
-            assert draft is not None
-            choices(HostLogits(draft.decode(one, one).rows()))
-        judging()
-
-    def seconds(run: Callable[[], object]) -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    one, many = np.zeros(1, np.int64), np.zeros(guesses + 1, np.int64)
-    step = seconds(lambda: choices(backend.decode(one, one, None, ask)))
-    judged = seconds(judging)
-    position = max(judged / step - 1, 0.0) / guesses
-    return Costs(position, max(seconds(guessing) - judged, 0.0) / guesses / step if draft is not None else 0.0)
+    return Speculator(settings, backend, DraftModel(model, backend.vocab_size, chunk))

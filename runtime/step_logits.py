@@ -89,3 +89,28 @@ class HostLogits:
 
     def tops(self) -> TopRows | None:
         return None
+
+
+class HostPrefill:
+    """A backend whose `prefill` returns rows on the host: `prefill_last` is no other call."""
+
+    def prefill(
+        self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
+    ) -> np.ndarray:
+        """`Backend.prefill`."""
+        raise NotImplementedError
+
+    def prefill_last(
+        self,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        prompt_length: int | None = None,
+        temperature: float = -1.0,
+    ) -> StepLogits:
+        """`Backend.prefill_last`."""
+        return HostLogits(self.prefill(slot, token_ids, start, np.array([len(token_ids) - 1]), prompt_length))
+
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        """`Backend.prefill_each`."""
+        return HostLogits(self.prefill(slot, token_ids, start, np.arange(len(token_ids)), start + 1))

@@ -54,8 +54,6 @@ class Completion:
         body = self.body
         if body.suffix:
             raise bad_request("suffix is not supported; leave it out.", "suffix", "unsupported_parameter")
-        if body.best_of is not None and body.best_of != self.n:
-            raise bad_request("best_of is not supported beyond n; leave it out.", "best_of", "unsupported_parameter")
         if self.silent and not body.echo:
             raise bad_request("max_tokens must be at least 1 (0 goes with echo: true).", "max_tokens")
         if body.stream_options is not None and not body.stream:

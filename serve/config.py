@@ -42,6 +42,15 @@ class ServeConfig(BaseModel):
     prefill_chunk: int = Field(
         192, ge=1, description="Prompt tokens that one step may run beside the others' decoding."
     )
+    draft: str | None = Field(
+        None, description="Speculative decoding: a small package of the same vocabulary that guesses ahead."
+    )
+    prompt_lookup: bool = Field(
+        False, description="Speculative decoding: guess what followed the last words where they were before."
+    )
+    num_speculative_tokens: int | None = Field(
+        None, ge=1, le=64, description="Guesses a pass; default: as many as pay, none where none do."
+    )
     prefix_cache: float = Field(
         512.0, ge=0, description="Megabytes for the state of prompt prefixes that later prompts share; 0: none."
     )

@@ -99,8 +99,9 @@ def sampling_params(body: Sampling, **given: Any) -> SamplingParams:
 def places(body: Sampling, prompts: int = 1) -> tuple[int, str]:
     """How many slots a request may hold at a time, and the field that says so."""
     beams = getattr(body, "num_beams", None) or 1
-    count = max(body.n or 1, beams)
-    return prompts * count, ("num_beams" if beams > (body.n or 1) else "n") if count > 1 else "prompt"
+    wanted = {"n": body.n or 1, "num_beams": beams, "best_of": getattr(body, "best_of", None) or 1}
+    param = max(wanted, key=lambda name: wanted[name])
+    return prompts * wanted[param], param if wanted[param] > 1 else "prompt"
 
 
 def _bias(value: dict[str, float]) -> dict[int, float]:

@@ -108,6 +108,14 @@ class _Engines(Collector):
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=_LABEL)
         output = CounterMetricFamily("vllm:generation_tokens", "Tokens generated.", labels=_LABEL)
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens whose state was kept.", labels=_LABEL)
+        guesses = [
+            CounterMetricFamily(f"vllm:spec_decode_{name}", text, labels=_LABEL)
+            for name, text in (
+                ("num_drafts", "Passes that judged guesses."),
+                ("num_draft_tokens", "Tokens that speculation guessed."),
+                ("num_accepted_tokens", "Guesses that stood."),
+            )
+        ]
         for model in self._models:
             if model.llm.encoder is not None:
                 continue
@@ -121,4 +129,8 @@ class _Engines(Collector):
             cache = model.llm.engine.prefix_cache
             queries.add_metric([model.name], cache.num_queries if cache else 0)
             hits.add_metric([model.name], cache.num_hits if cache else 0)
-        return [running, waiting, usage, preempted, queries, hits, output]
+            speculator = model.llm.engine.speculator
+            if speculator is not None:
+                for metric, count in zip(guesses, speculator.counts, strict=True):
+                    metric.add_metric([model.name], count)
+        return [running, waiting, usage, preempted, queries, hits, output, *guesses]

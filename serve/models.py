@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, StreamPiece
+from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, Speculation, StreamPiece, load_manifest
+from llmx.runtime.hub import resolve_package
 from llmx.runtime.scheduler import Request
 from llmx.serve.config import ServeConfig
 from llmx.serve.errors import ApiError, bad_request, busy
@@ -243,10 +244,24 @@ def _load(path: str, config: ServeConfig) -> LLM:
             spin=config.spin,
             prefill_chunk=config.prefill_chunk,
             prefix_cache_bytes=int(config.prefix_cache * 1e6),
+            speculative=_speculation(path, config),
         )
     except LlmxError as error:
         error.args = (f"{path}: {error}" if path not in str(error) else str(error),)
         raise
+
+
+def _speculation(path: str, config: ServeConfig) -> Speculation | None:
+    """Who guesses for the package at `path`; an encoder has nothing to guess. Raises RequestError."""
+    if config.draft is not None and config.prompt_lookup:
+        raise RequestError("Give --draft or --prompt-lookup, not both.")
+    if config.draft is None and not config.prompt_lookup:
+        if config.num_speculative_tokens is not None:
+            raise RequestError("--num-speculative-tokens goes with --draft or --prompt-lookup.")
+        return None
+    if load_manifest(resolve_package(path, None)).family == "encoder":
+        return None
+    return Speculation(config.draft, config.prompt_lookup, config.num_speculative_tokens)
 
 
 def _chat_options(llm: LLM, config: ServeConfig) -> dict[str, Any]:

@@ -130,7 +130,6 @@ class CompletionRequest(Sampling, Ignored):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     suffix: str | None = None
-    best_of: int | None = None
 
 
 class EmbeddingRequest(Ignored):

@@ -104,13 +104,26 @@ def prompt_logprobs(request: Request) -> list[dict[str, Any] | None] | None:
 
 
 def usage(requests: list[Request], hidden: int = 0) -> dict[str, Any]:
-    """Token counts of an answer; `hidden` tokens were generated and not shown."""
+    """Token counts of an answer; `hidden` tokens were generated and not shown. Guesses of speculative decoding are told as
+    OpenAI tells those of its predicted outputs.
+    """
     prompt = sum(r.metrics.num_prompt_tokens for r in requests)
-    output = sum(s.num_output for r in requests for s in r.sequences) - hidden
+    output = sum(_num_output(r) for r in requests) - hidden
     cached = sum(r.metrics.num_cached_tokens for r in requests)
+    accepted = sum(r.metrics.num_accepted for r in requests)
+    rejected = sum(r.metrics.num_drafted for r in requests) - accepted
+    guessed = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": cached},
+        **({"completion_tokens_details": guessed} if accepted or rejected else {}),
     }
+
+
+def _num_output(request: Request) -> int:
+    """Tokens that an answer counts: with `best_of` those of all outputs that were drawn, as OpenAI counts them."""
+    if request.params.num_samples > request.params.n:
+        return request.metrics.num_output_tokens
+    return sum(s.num_output for s in request.sequences)

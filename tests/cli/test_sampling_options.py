@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from llmx.cli import main
 from llmx.cli.sampling import GroupedCommand, sampling_options, sampling_params
-from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM, SamplingParams, StructuredOutputsParams
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:
@@ -44,14 +45,22 @@ def test_every_option(tmp_path: Path) -> None:
         "--eta-cutoff", 0.02, "--top-n-sigma", 1.5, "--seed", 7, "--repetition-penalty", 1.2, "--presence-penalty", -0.5,
         "--frequency-penalty", 0.25, "--no-repeat-ngram-size", 3, "--logit-bias", "7=-2.5", "--logit-bias", "3=1",
         "--allowed-token-ids", "1, 2,3", "--bad-word", "one", "--bad-word", "two words", "-n", 9, "--min-tokens", 2,
-        "--max-time", 1.5, "--stop", "a", "--stop", "b", "--stop-token-id", 4, "--stop-token-id", 5, "--ignore-eos",
+        "--max-time", 1.5, "--stop", "a", "--stop", "b", "--stop-token-ids", "4,5", "--stop-token-id", 6, "--ignore-eos",
+        "--n", 2, "--best-of", 3, "--bad-words-ids", "4,5", "--bad-words-ids", 6, "--suppress-tokens", "7,8",
+        "--begin-suppress-tokens", 9, "--keep-special-tokens", "1,2", "--include-stop-str-in-output",
+        "--no-skip-special-tokens",
     )  # fmt: skip
     assert got == SamplingParams(
         temperature=0.5, top_k=4, top_p=0.9, min_p=0.1, typical_p=0.8, epsilon_cutoff=0.01, eta_cutoff=0.02, top_n_sigma=1.5,
         seed=7, repetition_penalty=1.2, presence_penalty=-0.5, frequency_penalty=0.25, no_repeat_ngram_size=3,
         logit_bias={7: -2.5, 3: 1}, allowed_token_ids=[1, 2, 3], bad_words=["one", "two words"], max_tokens=9, min_tokens=2,
-        max_time=1.5, stop=["a", "b"], stop_token_ids=[4, 5], ignore_eos=True,
+        max_time=1.5, stop=["a", "b"], stop_token_ids=[4, 5, 6], ignore_eos=True, n=2, best_of=3,
+        bad_words_ids=[[4, 5], [6]], suppress_tokens=[7, 8], begin_suppress_tokens=[9], keep_special_tokens=[1, 2],
+        include_stop_str_in_output=True, skip_special_tokens=False,
     )  # fmt: skip
+    beams = params("--num-beams", 4, "--n", 2, "--length-penalty", 0.5, "--early-stopping", "never")
+    assert beams == SamplingParams(num_beams=4, n=2, length_penalty=0.5, early_stopping="never")
+    assert params("--early-stopping", "true") == SamplingParams(early_stopping=True)
     (tmp_path / "schema.json").write_text('{"type": "integer"}')
     (tmp_path / "grammar.lark").write_text('start: "a"')
     forms: list[tuple[list[object], dict[str, Any]]] = [
@@ -63,6 +72,25 @@ def test_every_option(tmp_path: Path) -> None:
     ]
     for arguments, form in forms:
         assert params(*arguments) == SamplingParams(structured_outputs=form)
+    details = ("--disable-any-whitespace", "--disable-additional-properties", "--whitespace-pattern", " ?")
+    assert params("--json-object", *details) == SamplingParams(
+        structured_outputs={
+            "json_object": True, "disable_any_whitespace": True, "disable_additional_properties": True,
+            "whitespace_pattern": " ?",
+        }
+    )  # fmt: skip
+
+
+def test_every_field_has_an_option() -> None:
+    """Of SamplingParams and StructuredOutputsParams, but for what other options of `llmx run` say."""
+    text = run("run", "--help").stdout
+    others = {"structured_outputs", "logprobs", "prompt_logprobs", "json", "choice", "grammar"}
+    for kind in (SamplingParams, StructuredOutputsParams):
+        for field in fields(kind):
+            assert field.name in others or f"--{field.name.replace('_', '-')}" in text, field.name
+    assert all(
+        option in text for option in ("--logprobs", "--prompt-logprobs", "--json-schema", "--choice", "--grammar")
+    )
 
 
 def test_help_groups_the_options() -> None:
@@ -129,3 +157,38 @@ def test_perplexity_command(demo: Path, tmp_path: Path) -> None:
     )
     assert run("perplexity", "--onnx", demo, "--text-file", tmp_path / "none").exit_code == 2
     assert "perplexity needs two" in run("perplexity", "--onnx", demo, stdin="a").stderr
+
+
+def test_several_outputs(demo: Path) -> None:
+    common = ("run", "--onnx", demo, "--prompt", "KING:", "--seed", 3, "--temperature", 0.9, "-n", 8)
+    whole = json.loads(run(*common, "--json", "--n", 3, "--logprobs", 0, "--prompt-logprobs", 1).stdout)
+    assert [len(output["token_ids"]) for output in whole["outputs"]] == [8, 8, 8]
+    assert whole["prompt_logprobs"][0] is None and len(whole["prompt_logprobs"][1]) >= 1
+    best = json.loads(run(*common, "--json", "--best-of", 3).stdout)
+    assert best["text"] == max(whole["outputs"], key=lambda output: output["cumulative_logprob"])["text"]
+    shown = run(*common, "--n", 3)
+    assert shown.stdout == "".join(output["text"] + "\n" for output in whole["outputs"])
+    assert [f"[{i} of 3]" in shown.stderr for i in (1, 2, 3)] == [True] * 3
+    beams = json.loads(
+        run("run", "--onnx", demo, "--prompt", "KING:", "--num-beams", 3, "--n", 2, "-n", 8, "--json").stdout
+    )
+    assert beams["score"] == beams["outputs"][0]["score"] >= beams["outputs"][1]["score"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--best-of", 2, "--n", 3), "best_of (2) must not be below n (3)"),
+        (("--num-beams", 2, "--best-of", 3), "num_beams and best_of do not go together"),
+        (("--suppress-tokens", "x"), "--suppress-tokens takes numbers, and 'x' is none"),
+        (("--suppress-tokens", "9999999"), "suppress_tokens must lie between 0 and"),
+        (("--early-stopping", "maybe"), "Invalid value for '--early-stopping'"),
+        (("--whitespace-pattern", " ?"), "--whitespace-pattern goes with --json-schema or --json-object"),
+        (("--num-speculative-tokens", 3), "--num-speculative-tokens goes with --draft or --prompt-lookup"),
+        (("--prompt-lookup", "--num-speculative-tokens", 0), "num_tokens must be a whole number from 1 to 64"),
+        (("--prompt-logprobs", 3), "--prompt-logprobs goes with --json"),
+    ],
+)
+def test_what_is_refused(demo: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = run("run", "--onnx", demo, "--prompt", "KING:", *arguments)
+    assert result.exit_code != 0 and message in result.stderr

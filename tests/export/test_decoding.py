@@ -84,6 +84,11 @@ def cases(plain: list[int], prompt: list[int]) -> list[tuple[dict[str, Any], dic
         ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
         ({"bad_words_ids": words}, {"bad_words_ids": words}),
         ({"logit_bias": bias}, {"sequence_bias": [[[t], b] for t, b in bias.items()]}),
+        (
+            {"suppress_tokens": [plain[0], often], "begin_suppress_tokens": [plain[1], 5]},
+            {"suppress_tokens": [plain[0], often], "begin_suppress_tokens": [plain[1], 5]},
+        ),
+        ({"begin_suppress_tokens": [plain[0]]}, {"begin_suppress_tokens": [plain[0]]}),
         ({"allowed_token_ids": allowed}, {"prefix_allowed_tokens_fn": lambda *_: allowed}),
         ({"stop_token_ids": [plain[4], often]}, {"eos_token_id": [0, plain[4], often]}),
         ({"stop_token_ids": [plain[4], often], "min_tokens": 9}, {"eos_token_id": [0, plain[4], often], "min_new_tokens": 9}),

@@ -130,15 +130,16 @@ def test_generation_defaults(tmp_path: Path) -> None:
     config = {
         "do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 5], "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8, 9]], "typical_p": 0.8, "suppress_tokens": [4],
+        "begin_suppress_tokens": [6, 5], "top_h": 0.4,
     }  # fmt: skip
     (folder / "generation_config.json").write_text(json.dumps(config))
     result = export(folder, tmp_path / "out", verify=False)
     assert result.manifest.generation == {
         "temperature": 0.6, "top_k": 50, "top_p": 0.9, "typical_p": 0.8, "repetition_penalty": 1.2,
-        "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8, 9]],
+        "no_repeat_ngram_size": 3, "bad_words_ids": [[7], [8, 9]], "suppress_tokens": [4], "begin_suppress_tokens": [5, 6],
     }  # fmt: skip
     assert result.manifest.tokenizer.eos_token_ids == [0, 5]
-    assert any("suppress_tokens, which llmx does not apply" in w for w in result.warnings)
+    assert any("top_h, which llmx does not apply" in w for w in result.warnings)
 
 
 def test_slow_tokenizers_are_converted(tmp_path: Path) -> None:

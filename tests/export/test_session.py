@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from llmx.runtime import LLM, ContextLengthError, FamilyError, RequestError, SamplingParams, Session, Speculation
+from llmx.runtime import (
+    LLM,
+    AsyncLLM,
+    ClosedError,
+    ContextLengthError,
+    FamilyError,
+    RequestError,
+    SamplingParams,
+    Session,
+    Speculation,
+)
 from zoo.models import VOCAB
 
 GREEDY = SamplingParams(max_tokens=7, temperature=0.0, ignore_eos=True)
@@ -229,3 +240,48 @@ def test_refusals(package: Callable[[str], Path], seq2seq_package: Callable[[str
                 session.append([4]).generate(SamplingParams(**options))  # type: ignore[arg-type]
     with LLM(seq2seq_package("t5"), slots=1) as llm, pytest.raises(FamilyError, match="encoder-decoder"):
         llm.session()
+
+
+def test_a_session_in_asyncio(demo: Path, tmp_path: Path) -> None:
+    """What a Session does, while another task shares the batch; a task that is cancelled keeps what was said."""
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    with LLM(demo, slots=2, max_length=200) as llm:
+        plain = llm.session()
+        expected = [plain.append(turn).generate(params).outputs[0].text for turn in ("ROMEO:\n", "\nJULIET:\n")]
+
+    async def talk() -> None:
+        async with AsyncLLM(demo, slots=2, max_length=200) as aio:
+            other = asyncio.create_task(aio.generate("KING:", SamplingParams(max_tokens=60, ignore_eos=True)))
+            session = aio.session()
+            await session.append("ROMEO:\n")
+            assert (await session.generate(params)).outputs[0].text == expected[0]
+            end = len(session)
+            await session.append("\nJULIET:\n")
+            twin = await session.fork()
+            text = "".join([piece.text async for piece in session.stream(params)])
+            assert text == expected[1] and session.tokens == plain.tokens and session.text == plain.text
+            out = await twin.generate(params)
+            assert out.outputs[0].text == expected[1] and out.metrics.num_cached_tokens == end - 1
+            await twin.save(tmp_path / "talk.npz")
+            again = await aio.load_session(tmp_path / "talk.npz")
+            await again.rewind(end)
+            assert again.num_cached == end - 1 or again.num_cached == end
+            await again.append("\nJULIET:\n")
+            assert (await again.generate(params)).outputs[0].text == expected[1]
+            long = asyncio.create_task(again.generate(SamplingParams(max_tokens=100, ignore_eos=True)))
+            while not again.session._request:
+                await asyncio.sleep(0.001)
+            long.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await long
+            assert (await again.append([5])).tokens[-1] == 5
+            messages = [{"role": "user", "content": "What news?"}]
+            template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+            answer = await aio.session().chat(messages, params, chat_template=template)
+            pieces = [p async for p in aio.session().chat_stream(messages, params, chat_template=template)]
+            assert "".join(p.delta.content for p in pieces) == answer.outputs[0].message.content
+            await other
+        with pytest.raises(ClosedError):
+            await session.generate(params)
+
+    asyncio.run(talk())

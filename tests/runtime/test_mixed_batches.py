@@ -1,4 +1,6 @@
-"""Any mix of parameters in one batch gives each row what it gets alone, from the fake backend and from a real one."""
+"""Any mix of parameters in one batch gives each row what it gets alone, from the fake backend and from a real one: drawn,
+greedy, several, the best of several, beams, grammars, and all of them with guesses that are judged.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmx.runtime import LLM, RequestError, RequestOutput, SamplingParams
+from llmx.runtime import LLM, RequestError, RequestOutput, SamplingParams, Speculation
+from llmx.runtime.draft import DraftModel
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.manifest import TokenizerInfo
+from llmx.runtime.pace import Costs
 from llmx.runtime.scheduler import Request
+from llmx.runtime.speculation import PromptLookup
+from llmx.runtime.speculator import Speculator
 from llmx.runtime.tokenizer import Tokenizer
 from zoo.models import VOCAB, write_tokenizer
 
+MOST_BEAMS = 3
 TOKENS = st.integers(1, 262)
 WORDS = st.text("abet hn", min_size=1, max_size=4).filter(str.strip)
 FORMS = [
@@ -53,8 +60,17 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.integers(0, 4),
     "prompt_logprobs": st.integers(0, 2),
     "n": st.integers(1, 3),
+    "best_of": st.integers(3, 5),
+    "suppress_tokens": st.lists(TOKENS, max_size=5),
+    "begin_suppress_tokens": st.lists(TOKENS, max_size=5),
     "structured_outputs": st.sampled_from(FORMS),
 }
+BEAMS: dict[str, st.SearchStrategy[Any]] = {
+    "num_beams": st.integers(2, MOST_BEAMS),
+    "length_penalty": st.floats(-1.0, 2.0),
+    "early_stopping": st.sampled_from([True, False, "never"]),
+}
+NOT_WITH_BEAMS = {"temperature", "structured_outputs", "best_of", "n"}
 
 
 @st.composite
@@ -62,6 +78,10 @@ def params(draw: st.DrawFn) -> SamplingParams:
     """A few parameters of all, and a seed."""
     names = draw(st.lists(st.sampled_from(sorted(OPTIONS)), max_size=8, unique=True))
     options = {name: draw(OPTIONS[name]) for name in names}
+    if draw(st.integers(0, 3)) == 0:
+        options = {name: value for name, value in options.items() if name not in NOT_WITH_BEAMS}
+        options |= {name: draw(strategy) for name, strategy in BEAMS.items()}
+        options["n"] = draw(st.integers(1, options["num_beams"]))
     return SamplingParams(seed=draw(st.integers(0, 2**32)), max_tokens=draw(st.integers(5, 18)), **options)
 
 
@@ -85,15 +105,37 @@ def outcome(request: Request) -> Any:
     if request.error is not None:
         return type(request.error), str(request.error)
     return [
-        (s.output_ids, s.text, s.finish_reason, s.stop_reason, s.logprobs, s.cumulative_logprob)
+        (s.output_ids, s.text, s.finish_reason, s.stop_reason, s.logprobs, s.cumulative_logprob, s.score)
         for s in request.sequences
     ], request.prompt_logprobs
+
+
+class Near(FakeBackend):
+    """Looks at the last two tokens alone, so that texts repeat; a draft of it is wrong now and then."""
+
+    def __init__(self, slots: int, max_length: int, vocab_size: int, error: float = 0.0) -> None:
+        super().__init__(slots, max_length, vocab_size)
+        self._error = error
+
+    def next_logits(self, tokens: list[int]) -> np.ndarray:
+        near = [int(t) % 5 for t in tokens[-2:]]
+        return 4 * super().next_logits(near) + np.float32(self._error) * super().next_logits([7, *near])
+
+
+def make_speculator(drafter: str, backend: FakeBackend, num_tokens: int | None) -> Speculator:
+    if drafter == "lookup":
+        settings = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=num_tokens)
+        return Speculator(settings, backend, PromptLookup(settings.max_ngram, settings.min_ngram))
+    draft = DraftModel(Near(backend.slots, 50, VOCAB, 2.0), VOCAB, 6)
+    return Speculator(Speculation(draft="a package", num_tokens=num_tokens), backend, draft, Costs(0.05, 0.1))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     wanted=REQUESTS,
-    slots=st.integers(1, 4),
+    slots=st.integers(MOST_BEAMS, 5),
+    drafter=st.sampled_from(["nobody", "nobody", "lookup", "draft"]),
+    num_tokens=st.sampled_from([None, 1, 4]),
     chunk=st.integers(1, 9),
     joins=st.lists(st.integers(0, 5), min_size=6, max_size=6),
 )
@@ -102,11 +144,19 @@ def test_over_the_fake_backend(
     grammars: GrammarCompiler,
     wanted: list[tuple[list[int], SamplingParams]],
     slots: int,
+    drafter: str,
+    num_tokens: int | None,
     chunk: int,
     joins: list[int],
 ) -> None:
-    def run(each: list[tuple[list[int], SamplingParams]], slots: int, chunk: int, joins: list[int]) -> list[Any]:
-        engine = Engine(FakeBackend(slots, 64, VOCAB), tokenizer, chunk)
+    """With prompt lookup a row gets what it gets alone without; a draft's guesses are draws of their own."""
+
+    def run(
+        each: list[tuple[list[int], SamplingParams]], slots: int, chunk: int, joins: list[int], drafter: str
+    ) -> list[Any]:
+        backend = FakeBackend(slots, 64, VOCAB) if drafter == "nobody" else Near(slots, 64, VOCAB)
+        speculator = make_speculator(drafter, backend, num_tokens) if drafter in ("lookup", "draft") else None
+        engine = Engine(backend, tokenizer, chunk, speculator=speculator)
         engine.grammars = grammars
         requests = []
         for (prompt, wanted), steps in zip(each, joins, strict=False):
@@ -118,24 +168,31 @@ def test_over_the_fake_backend(
             engine.scheduler.pool.check_integrity()
         return [outcome(request) for request in requests]
 
-    together = run(wanted, slots, chunk, joins)
-    assert together == [run([each], 1, 64, [0])[0] for each in wanted]
+    together = run(wanted, slots, chunk, joins, drafter)
+    alone = "plain" if drafter == "lookup" else drafter
+    assert together == [run([each], MOST_BEAMS, 64, [0], alone)[0] for each in wanted]
 
 
-@pytest.fixture(scope="module")
-def llm(demo: Path) -> Iterator[LLM]:
-    with LLM(demo, slots=5) as loaded:
-        yield loaded
+@pytest.fixture(scope="module", params=["plain", "lookup"])
+def llms(request: pytest.FixtureRequest, demo: Path) -> Iterator[tuple[LLM, LLM]]:
+    """What requests run on alone, and together."""
+    with LLM(demo, slots=5) as alone:
+        if request.param == "plain":
+            yield alone, alone
+            return
+        with LLM(demo, slots=5, speculative=Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)) as guessing:
+            yield alone, guessing
 
 
 def tokens_of(output: RequestOutput) -> list[Any]:
     return [(o.token_ids, o.text, o.finish_reason, o.stop_reason) for o in output.outputs]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=18, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(wanted=REQUESTS)
-def test_over_the_demo_model(llm: LLM, wanted: list[tuple[list[int], SamplingParams]]) -> None:
+def test_over_the_demo_model(llms: tuple[LLM, LLM], wanted: list[tuple[list[int], SamplingParams]]) -> None:
     """Rows of a batch differ from a row alone by float32 rounding, which log-probabilities show."""
+    llm, batching = llms
     kept, alone = [], []
     for prompt, each in wanted:
         try:
@@ -143,7 +200,7 @@ def test_over_the_demo_model(llm: LLM, wanted: list[tuple[list[int], SamplingPar
         except RequestError:  # the rules leave no token
             continue
         kept.append((prompt, each))
-    together = llm.generate([prompt for prompt, _ in kept], [each for _, each in kept])
+    together = batching.generate([prompt for prompt, _ in kept], [each for _, each in kept])
     for one, other in zip(alone, together, strict=True):
         assert tokens_of(one) == tokens_of(other)
         for a, b in zip(one.outputs, other.outputs, strict=True):

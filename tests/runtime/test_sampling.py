@@ -17,6 +17,32 @@ from llmx.runtime.rules import Rules
 from llmx.runtime.sampling import Choice, choose, draw, make_generator, sample
 from scipy import stats
 
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([2049, 5000, 20_000]),
+    scale=st.sampled_from([0.0, 1e-4, 0.5, 3.0, 40.0]),
+    rounded=st.booleans(),
+    mass=st.floats(0.01, 1.0),
+)
+def test_large_rows_sort_no_more_than_needed(seed: int, size: int, scale: float, rounded: bool, mass: float) -> None:
+    """Typical-p over a whole vocabulary, with flat rows, peaks and ties: as sorting it all."""
+    rng = np.random.default_rng(seed)
+    row = (rng.standard_normal(size) * scale).astype(np.float32)
+    row = np.round(row) if rounded else row
+    probs = filters.probabilities(row)
+    distance = np.abs(rng.permutation(row) - np.float32(0.3))
+    order = np.argsort(distance, kind="stable")
+    sums = np.cumsum(probs[order], dtype=np.float64).astype(np.float32)
+    below = int(np.count_nonzero(sums < np.float32(mass)))
+    expected = distance[order[min(below, size - 1)]]
+    found = filters._reaching(distance, probs, mass)
+    # where the sum comes within its own rounding of the mass, the next one is as good
+    near = np.flatnonzero(np.abs(sums.astype(np.float64) - mass) < 1e-7)
+    assert found == expected or found in distance[order[np.clip([*near, *(near + 1)], 0, size - 1)]]
+
+
 SETTINGS = [
     {"temperature": 1.0},
     {"temperature": 0.7, "top_k": 5},

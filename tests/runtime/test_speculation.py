@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -18,9 +20,10 @@ from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.filters import probabilities
 from llmx.runtime.history import History
 from llmx.runtime.manifest import TokenizerInfo
+from llmx.runtime.pace import Costs, Pace, Probe, Progress, best_count
 from llmx.runtime.sampling import distribution
 from llmx.runtime.scheduler import Request
-from llmx.runtime.speculation import Costs, Progress, PromptLookup, check_backend, check_vocabularies
+from llmx.runtime.speculation import PromptLookup, check_backend, check_vocabularies
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.tokenizer import Tokenizer
 from scipy.stats import chi2, chisquare
@@ -205,11 +208,92 @@ def test_guesses_follow_their_success() -> None:
     for _ in range(20):
         good.note(4, 4)
         bad.note(0, 1)
-    assert good.num_guesses(8, costs) > Progress().num_guesses(8, costs) > 0
-    counts = [bad.num_guesses(8, costs) for _ in range(33)]
-    assert sum(counts) == 2 and max(counts) == 1  # it looks now and then whether that has changed
-    assert good.num_guesses(3, costs) == 3
-    assert good.num_guesses(8, Costs(1.0, 0.0)) == 0
+    assert good.num_guesses(8, costs.line()) > Progress().num_guesses(8, costs.line()) > 0
+    counts = [bad.num_guesses(8, costs.line()) for _ in range(16 + 32 + 64)]
+    assert [i for i, count in enumerate(counts) if count] == [15, 47, 111]  # it looks again, more and more seldom
+    assert max(counts) == 1
+    assert good.num_guesses(3, costs.line()) == 3
+    assert good.num_guesses(8, Costs(1.0, 0.0).line()) == 0
+    again = Progress(0.1, Probe(4, 4, passes=2))
+    assert [again.num_guesses(8, costs.line()) for _ in range(12)] == [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_the_count_is_the_one_that_promises_most() -> None:
+    """Against every count tried, tokens drawn one by one."""
+    rng = np.random.default_rng(0)
+    costs = Costs(0.06, 0.11, 0.05)
+    for rate in (0.2, 0.5, 0.8, 0.95):
+        stands = rng.random((20_000, 8)) < rate
+        speeds = [1.0]
+        for count in range(1, 9):
+            tokens = 1 + np.cumprod(stands[:, :count], axis=1).sum(axis=1).mean()
+            start, slope = costs.line()
+            speeds.append(tokens / (start + count * slope))
+        assert speeds[best_count(rate, 8, costs.line())] > max(speeds) - 0.03
+
+
+def test_costs_are_learned_while_requests_run() -> None:
+    pace = Pace(Costs(0.05, 0.1), plain=1e-3)
+    assert best_count(0.6, 8, pace.line(1)) > 0
+    for _ in range(30):
+        pace.note(1, 2, 2.4e-3)  # much more than was measured
+    assert pace.line(1) == (pytest.approx(2.4 - 0.3, rel=0.05), pytest.approx(0.15))
+    assert best_count(0.6, 8, pace.line(1)) == 0
+    assert pace.line(4) == (1, pytest.approx(4 * 0.05 + 0.1))  # other batches are another matter
+    pace.note(1, 2, 10.0)  # one pass that was disturbed is not believed
+    assert pace.line(1)[0] < 2.3
+    for _ in range(80):
+        pace.note(1, 2, 1.2e-3)
+    assert pace.stale(1) and pace.stale(2) and best_count(0.6, 8, pace.line(1)) > 0
+    pace.note(1, 0, 1e-3)
+    assert not pace.stale(1)
+
+
+def test_a_draft_that_does_not_pay_is_left_alone() -> None:
+    """Guesses that cost as much as a step: after a few passes next to none are made, in this request and the next."""
+    model = Model(2, 400)
+    engine = make_engine(model, "draft")
+    draft = engine.speculator._drafter._backend  # type: ignore[union-attr,attr-defined]
+    for backend, seconds in ((model, 1e-3), (draft, 1e-3)):
+        slow_down(backend, seconds)
+    drafted = []
+    for _ in range(2):
+        request = engine.add(None, [1, 2], SamplingParams(temperature=0.0, max_tokens=300).resolved({}))
+        run(engine)
+        drafted.append(request.metrics.num_drafted)
+    assert drafted[0] < 80 and drafted[1] < 40  # of 300 tokens
+    assert engine.speculator.counts[1] == sum(drafted)  # type: ignore[union-attr]
+
+
+def slow_down(backend: Model, seconds: float) -> None:
+    """Each of the backend's calls takes so much longer."""
+    for name in ("decode", "prefill", "verify"):
+        setattr(backend, name, partial(_after, seconds, getattr(backend, name)))
+
+
+def _after(seconds: float, call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    time.sleep(seconds)
+    return call(*args, **more)
+
+
+@pytest.mark.parametrize("drafter", ["draft", "lookup"])
+def test_passes_are_timed_when_a_model_is_loaded(drafter: str) -> None:
+    model = Model(2, 400)
+    engine = make_engine(model, drafter)
+    speculator = engine.speculator
+    assert speculator is not None
+    slow_down(model, 4e-3)
+    if drafter == "draft":
+        slow_down(speculator._drafter._backend, 2e-3)  # type: ignore[attr-defined]
+    speculator.calibrate(engine)
+    assert speculator.costs.guess == pytest.approx(0.5 if drafter == "draft" else 0.0, abs=0.2)
+    assert abs(speculator.costs.position) < 0.2 and abs(speculator.costs.fixed) < 0.5
+    assert model.num_prefills >= 7  # the prompt, and passes of both widths
+    assert speculator.counts == [0, 0, 0] and not engine.has_work and engine.num_output_tokens == 0
+    engine.check_integrity()
+    request = engine.add(None, [1, 2], SamplingParams(temperature=0.0, max_tokens=30).resolved({}))
+    run(engine)
+    assert len(request.sequences[0].output_ids) == 30
 
 
 def test_a_failing_draft_is_no_failure() -> None:

@@ -1,0 +1,58 @@
+"""Masks of grammars, computed while the device works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+from llmx.runtime.errors import LlmxError
+from llmx.runtime.grammar import Grammar
+from llmx.runtime.history import History
+
+
+class MasksAhead:
+    """A thread that computes which tokens may come after those that a running step is about to say something of.
+
+    What the grammar allows depends on the tokens so far alone, and these are known before the step runs. onnxruntime and
+    llguidance both let go of the interpreter lock. Owns its thread, which exists from the first grammar on.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def during(self, histories: Sequence[History]) -> Iterator[None]:
+        """Compute the masks of those of `histories` that have a grammar while the block runs; nothing else may look at
+        these histories meanwhile.
+        """
+        grammars = [g for history in histories if (g := _undecided(history)) is not None]
+        if not grammars:
+            yield
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, "llmx-grammar")
+        work: Future[None] = self._thread.submit(_prepare, grammars)
+        try:
+            yield
+        finally:
+            work.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
+
+
+def _undecided(history: History) -> Grammar | None:
+    """A history's grammar, where more than one token may come next."""
+    try:
+        grammar = history.grammar()
+        return None if grammar is None or grammar.forced() or grammar.finished else grammar
+    except LlmxError:  # whoever chooses the token meets it again, and ends that request alone
+        return None
+
+
+def _prepare(grammars: list[Grammar]) -> None:
+    for grammar in grammars:
+        grammar.prepare()
