@@ -52,13 +52,14 @@ PRINTABLE = 95  # the checkpoints' first ids are printable characters, so that a
 
 
 @contextlib.contextmanager
-def serving(command: list[str], port: int, path: str) -> Iterator[str]:
-    """The URL of a server that `command` starts, from when it answers `path` until the block ends."""
+def serving(command: list[str], port: int, path: str, cpus: set[int] | None = None) -> Iterator[str]:
+    """The URL of a server that `command` starts (on `cpus` alone), from when it answers `path` until the block ends."""
     with tempfile.TemporaryFile("w+") as printed:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, text=True, env=environment
-        )
+            command, stdin=subprocess.DEVNULL, stdout=printed, stderr=printed, text=True, env=environment,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+        )  # fmt: skip
         try:
             deadline = time.monotonic() + 300
             while not _answers(f"http://127.0.0.1:{port}{path}"):
@@ -92,12 +93,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def llmx_server(args: argparse.Namespace, checkpoint: Path) -> Iterator[str]:
+def llmx_server(args: argparse.Namespace, checkpoint: Path, cpus: set[int] | None = None) -> Iterator[str]:
     package = model_for(parse_peer("llmx", args.dtype), checkpoint, args.work, args.peers_dir)
     port = free_port()
     command = [sys.executable, "-m", "llmx.cli", "serve", "--onnx", f"model={package}", "--port", str(port)]
     command += ["--slots", str(args.clients), "--max-queue", "1024", "--max-length", "1024", "--log-level", "error"]
-    with serving([*command, "--threads", str(args.threads)], port, "/ready") as url:
+    threads = args.threads if cpus is None else len(cpus)
+    with serving([*command, "--threads", str(threads)], port, "/ready", cpus) as url:
         yield url
 
 
@@ -229,12 +231,19 @@ def rates(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
 
 
 def agreement(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
-    """guidellm and llmx bench serve against one server, in turn: the same clients, lengths and number of requests."""
+    """guidellm and llmx bench serve against one server, in turn: the same clients, lengths and number of requests.
+
+    The server has one half of the CPUs and the generators the other: guidellm's processes would slow down a server that
+    they share CPUs with, by more than ours do, and both would be right about a different server.
+    """
     if args.guidellm is None:
         fail("Name guidellm's command: --guidellm DIR/bin/guidellm (python -m venv DIR; DIR/bin/pip install guidellm).")
-    clients, count = 8, 5 * 8
+    clients, count = 8, 8 * args.rounds
     ours, theirs = [], []
-    with llmx_server(args, checkpoint) as url:
+    every = sorted(os.sched_getaffinity(0))
+    half = max(1, len(every) // 2)
+    os.sched_setaffinity(0, every[half:] or every)
+    with llmx_server(args, checkpoint, set(every[:half])) as url:
         base = Load(url, model="model", input_len=128, output_len=64, ignore_eos=True, tokenizer=str(checkpoint))
         load = replace(base, num_prompts=count, max_concurrency=clients, vocab_size=PRINTABLE)
         for number in range(args.repeats):
@@ -242,6 +251,8 @@ def agreement(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
             theirs.append(guidellm(args.guidellm, url, checkpoint, clients, count))
     rows = []
     for key, label in (
+        ("prompt", "prompt tokens"),
+        ("output", "output tokens"),
         ("output_throughput", "output tokens/s"),
         ("ttft", "TTFT p50, ms"),
         ("itl", "ITL, mean, ms"),
@@ -257,6 +268,8 @@ def agreement(args: argparse.Namespace, checkpoint: Path) -> dict[str, Any]:
 
 
 def _of(facts: dict[str, Any], key: str) -> float:
+    if key in ("prompt", "output"):
+        return float(facts[f"total_{'input' if key == 'prompt' else key}_tokens"] / facts["completed"])
     names = {"ttft": ("ttft_ms", "p50"), "itl": ("itl_ms", "mean"), "e2el": ("e2el_ms", "p50")}
     return float(facts[key] if key not in names else facts[names[key][0]][names[key][1]])
 
@@ -286,6 +299,8 @@ def guidellm(command: str, url: str, checkpoint: Path, clients: int, count: int)
         "ttft": value("time_to_first_token_ms", "p50"),
         "itl": value("inter_token_latency_ms", "mean"),
         "e2el": 1e3 * value("request_latency", "p50"),
+        "prompt": value("prompt_token_count", "mean"),
+        "output": value("output_token_count", "mean"),
     }
 
 

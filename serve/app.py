@@ -24,7 +24,7 @@ from llmx.serve.models import Model, Models, Pump
 from llmx.serve.observe import Observer
 from llmx.serve.otel import Tracer
 from llmx.serve.tokens import detokenize, tokenize
-from llmx.serve.web import PATHS, add_page
+from llmx.serve.web import PATHS, add_docs, add_page
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -76,12 +76,13 @@ def create_app(models: Models, config: ServeConfig, tracer: Tracer | None = None
             if tracer is not None:
                 await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(title="llmx", version=version("llmx"), lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="llmx", version=version("llmx"), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.models, app.state.config = models, config
     app.state.metrics = Metrics(models)
     app.state.started = time.time()
     _add_routes(app)
     add_page(app)
+    add_docs(app)
     app.add_exception_handler(Exception, _failed)
     for kind in (ApiError, LlmxError, TimeoutError, HTTPException):
         app.add_exception_handler(kind, _failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any, TypeVar
 
 from llmx.serve.errors import ApiError, validation_error
@@ -36,10 +37,22 @@ async def read(request: Request, kind: type[M]) -> M:
         ) from None
     except ClientDisconnect:
         raise ClientGoneError from None
+    return _parsed(kind, body)
+
+
+def _parsed(kind: type[M], body: bytes) -> M:
+    """Raises ApiError. The event loop waits meanwhile, and collecting garbage among millions of new lists would take longer
+    than making them (8 MB of `[[],[],…`: 3.4 s instead of 0.8).
+    """
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
         raise validation_error(error) from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 async def _collect(request: Request, limit: int) -> bytes:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
 
 from llmx.serve.errors import api_error
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.sse import DONE, EventStream, event, unless_left
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+
+T = TypeVar("T")
 
 
 async def respond(
@@ -32,7 +34,7 @@ async def respond(
     try:
         async with asyncio.timeout(limit - time.monotonic()):
             if events is None:
-                return JSONResponse(await unless_left(request, _collect(generation, prepare, answer)))
+                return await unless_left(request, _collect(generation, prepare, answer))
             await unless_left(request, generation.start(prepare))
     except BaseException as error:
         note(request, generation, error)
@@ -50,11 +52,21 @@ async def respond(
     return EventStream(_guarded(request, generation, events, limit), end, limit)
 
 
-async def _collect(generation: Generation, prepare: Callable[[], Wanted], answer: Callable[[Generation], Any]) -> Any:
+async def in_time(request: Request, work: Awaitable[T]) -> T:
+    """`work`'s result. It is cancelled, and TimeoutError or ClientGoneError raised, where it takes longer than a request may,
+    or the client leaves.
+    """
+    async with asyncio.timeout(request.app.state.config.request_timeout):
+        return await unless_left(request, work)
+
+
+async def _collect(
+    generation: Generation, prepare: Callable[[], Wanted], answer: Callable[[Generation], Any]
+) -> Response:
     await generation.start(prepare)
     async for _ in generation.pieces():
         pass
-    return answer(generation)
+    return await generation.model.off_loop(lambda: JSONResponse(answer(generation)))  # log-probabilities may be many
 
 
 async def _guarded(

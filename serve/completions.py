@@ -21,7 +21,6 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's for this endpoint
-MAX_PROMPTS = 1024
 
 
 async def completions(request: HttpRequest) -> Response:
@@ -170,6 +169,4 @@ def _prompts(prompt: str | list[Any]) -> list[str | list[int]]:
         raise bad_request("prompt is empty; give a text, a list of texts, or token ids.", "prompt")
     if isinstance(prompt[0], int):
         return [prompt]
-    if len(prompt) > MAX_PROMPTS:
-        raise bad_request(f"prompt lists {len(prompt)} prompts, and {MAX_PROMPTS} are the most.", "prompt")
     return prompt

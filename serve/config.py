@@ -39,8 +39,10 @@ class ServeConfig(BaseModel):
     spin: bool = Field(True, description="Busy-wait within a step; false is slower, and kinder to other processes.")
     max_length: int | None = Field(None, ge=2, description="Positions of a request, prompt and output together.")
     slots: int = Field(8, ge=1, le=1024, description="Requests that run at the same time.")
-    prefill_chunk: int = Field(
-        192, ge=1, description="Prompt tokens that one step may run beside the others' decoding."
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt tokens that one step may run beside the others' decoding; default: 192 on a CPU, 2048 on CUDA.",
     )
     draft: str | None = Field(
         None, description="Speculative decoding: a small package of the same vocabulary that guesses ahead."

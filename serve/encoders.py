@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import Any
 
 import numpy as np
 from llmx.runtime import FamilyError
-from llmx.runtime.encoder import COMMANDS, Encoder
+from llmx.runtime.encoder import COMMANDS, Check, Encoder
 from llmx.serve.body import read
+from llmx.serve.common import in_time
 from llmx.serve.errors import bad_request
 from llmx.serve.models import Model
 from llmx.serve.protocol import EmbeddingRequest, RerankRequest
-from llmx.serve.sse import unless_left
 from llmx.serve.wire import new_id
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-
-MAX_INPUTS = 2048  # OpenAI's
 
 
 async def embeddings(request: Request) -> Response:
@@ -25,13 +24,7 @@ async def embeddings(request: Request) -> Response:
     model: Model = request.app.state.models.get(body.model)
     encoder = _encoder(model, "embed")
     texts = _inputs(body.input)
-    vectors, count = await unless_left(request, model.run_encoder(_embed, encoder, texts, body.dimensions))
-    data = [
-        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-        for index, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"object": "list", "model": model.name, "data": data, "usage": usage})
+    return await in_time(request, model.run_encoder(partial(_embed, model.name, encoder, texts, body)))
 
 
 def _encoder(model: Model, task: str) -> Encoder:
@@ -48,14 +41,19 @@ def _inputs(given: str | list[Any]) -> list[Any]:
         given = [given]
     if not given or not all(given):
         raise bad_request("input is empty; give a text, a list of texts, or token ids.", "input")
-    if len(given) > MAX_INPUTS:
-        raise bad_request(f"input lists {len(given)} texts, and {MAX_INPUTS} are the most.", "input")
     return given
 
 
-def _embed(encoder: Encoder, texts: list[Any], dimensions: int | None) -> tuple[np.ndarray, int]:
-    vectors = encoder.embed(texts, dimensions=dimensions, truncate=False)
-    return vectors, sum(encoder.num_tokens(text) for text in texts)
+def _embed(name: str, encoder: Encoder, texts: list[Any], body: EmbeddingRequest, check: Check) -> Response:
+    """Runs in a thread, the writing of millions of numbers too."""
+    vectors = encoder.embed(texts, dimensions=body.dimensions, truncate=False, check=check)
+    data = [
+        {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+        for index, vector in enumerate(vectors)
+    ]
+    count = sum(encoder.num_tokens(text) for text in texts)
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return JSONResponse({"object": "list", "model": name, "data": data, "usage": usage})
 
 
 def _encoded(vector: np.ndarray, form: str | None) -> str | list[float]:
@@ -73,17 +71,17 @@ async def rerank(request: Request) -> Response:
     texts = [document if isinstance(document, str) else document.text for document in body.documents]
     if not all(texts) or not body.query:
         raise bad_request("A text is empty; give at least one character.", "documents" if body.query else "query")
-    ranked, count = await unless_left(request, model.run_encoder(_rerank, encoder, body.query, texts, body.top_n))
+    return await in_time(request, model.run_encoder(partial(_rerank, model.name, encoder, texts, body)))
+
+
+def _rerank(name: str, encoder: Encoder, texts: list[str], body: RerankRequest, check: Check) -> Response:
+    """Runs in a thread."""
     results = []
-    for entry in ranked:
+    for entry in encoder.rerank(body.query, texts, top_n=body.top_n, check=check):
         result: dict[str, Any] = {"index": entry.index, "relevance_score": entry.score}
         if body.return_documents:
             result["document"] = {"text": entry.document}
         results.append(result)
+    count = sum(encoder.num_tokens((body.query, text)) for text in texts)
     usage = {"prompt_tokens": count, "total_tokens": count}
-    return JSONResponse({"id": new_id("rerank"), "model": model.name, "results": results, "usage": usage})
-
-
-def _rerank(encoder: Encoder, query: str, texts: list[str], top_n: int | None) -> tuple[list[Any], int]:
-    ranked = encoder.rerank(query, texts, top_n=top_n)
-    return ranked, sum(encoder.num_tokens((query, text)) for text in texts)
+    return JSONResponse({"id": new_id("rerank"), "model": name, "results": results, "usage": usage})

@@ -68,7 +68,9 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
     if isinstance(error, FamilyError):
         return ApiError(400, "unsupported_model", str(error), "model")
     if isinstance(error, TimeoutError):
-        return ApiError(504, "timeout", "The request took longer than the server allows; ask for fewer tokens.")
+        return ApiError(
+            504, "timeout", "The request took longer than the server allows; ask for fewer tokens, or of fewer texts."
+        )
     if isinstance(error, ClosedError):
         return ApiError(
             503, "shutting_down", "The server is shutting down; send it again.", headers={"retry-after": "1"}
@@ -84,7 +86,7 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
 
 def validation_error(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a body, its field named as in `messages[0].content`."""
-    found = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False, include_context=False, include_input=False)
     first = found[0]
     if first["type"] == "json_invalid":
         return bad_request(

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, Speculation, StreamPiece, load_manifest
+from llmx.runtime.encoder import Check
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.scheduler import Request
 from llmx.serve.config import ServeConfig
 from llmx.serve.errors import ApiError, bad_request, busy
+from llmx.serve.sse import ClientGoneError
 
 T = TypeVar("T")
 
@@ -96,12 +98,21 @@ class Model:
         """Run `work` in a thread: tokenizers and templates take milliseconds on long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._prepare, work, *arguments)
 
-    async def run_encoder(self, work: Callable[..., T], *arguments: Any) -> T:
-        """As off_loop, one call at a time: an encoder's run uses all cores."""
+    async def run_encoder(self, work: Callable[[Check], T]) -> T:
+        """As off_loop, one call at a time: an encoder's run uses all cores. `work` gets a function to call now and then,
+        which ends it once nobody waits for it any more.
+        """
         self.queue.take(1, "input")
+        left = threading.Event()
+
+        def check() -> None:
+            if left.is_set():
+                raise ClientGoneError
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encode, work, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._encode, work, check)
         finally:
+            left.set()
             self.queue.give_back(1)
 
     def generation(self, pump: Pump, places: int, param: str) -> Generation:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from llmx.serve.fields import Body, Sampling
 from pydantic import BaseModel, ConfigDict, Field
 
 _Metadata = dict[str, Any] | None
+
+T = TypeVar("T")
+
+#: A list that is given up at its first wrong item: a body may hold millions, and the event loop waits meanwhile.
+Many = Annotated[list[T], Field(fail_fast=True)]
+MAX_PROMPTS = 2048  # OpenAI's for embeddings
+Prompts = (
+    str
+    | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    | Many[int]
+    | Annotated[list[Many[int]], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+)
+Messages = Annotated[list["Message"], Field(min_length=1, max_length=16384, fail_fast=True)]
 
 
 class Ignored(Body):
@@ -53,9 +66,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[Part] | None = None
+    content: str | Many[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -98,7 +111,7 @@ class ChatRequest(Sampling, Ignored):
     """POST /v1/chat/completions."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -106,23 +119,23 @@ class ChatRequest(Sampling, Ignored):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Many[dict[str, Any]] | None = None
 
 
 class CompletionRequest(Sampling, Ignored):
     """POST /v1/completions."""
 
     model: str | None = None
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Prompts
     max_tokens: int | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -136,7 +149,7 @@ class EmbeddingRequest(Ignored):
     """POST /v1/embeddings."""
 
     model: str | None = None
-    input: str | list[str] | list[int] | list[list[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
 
@@ -151,7 +164,7 @@ class RerankRequest(Ignored):
 
     model: str | None = None
     query: str
-    documents: Annotated[list[str | Document], Field(min_length=1, max_length=2048)]
+    documents: Annotated[list[str | Document], Field(min_length=1, max_length=2048, fail_fast=True)]
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool = True
 
@@ -161,8 +174,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
+    messages: Messages | None = None
+    tools: Many[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -174,4 +187,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**31)]]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from llmx.serve.body import read
+from llmx.serve.common import in_time
 from llmx.serve.errors import bad_request
 from llmx.serve.models import Model
 from llmx.serve.prompts import chat_request
@@ -16,7 +19,12 @@ async def tokenize(request: Request) -> Response:
     model: Model = request.app.state.models.get(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("Give prompt or messages, one of them.", "prompt")
-    ids = await model.off_loop(_ids, model, body)
+    return await in_time(request, model.off_loop(_tokens, model, body))
+
+
+def _tokens(model: Model, body: TokenizeRequest) -> Response:
+    """Runs in a thread."""
+    ids = _ids(model, body)
     result = {"count": len(ids), "max_model_len": model.llm.max_length, "tokens": ids}
     if body.return_token_strs:
         result["token_strs"] = [model.llm.tokenizer.token(i) for i in ids]
@@ -39,5 +47,6 @@ def _ids(model: Model, body: TokenizeRequest) -> list[int]:
 async def detokenize(request: Request) -> Response:
     body = await read(request, DetokenizeRequest)
     model: Model = request.app.state.models.get(body.model)
-    text = await model.off_loop(lambda: model.llm.tokenizer.decode(body.tokens, skip_special_tokens=False))
+    decode = partial(model.llm.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    text = await in_time(request, model.off_loop(decode))
     return JSONResponse({"prompt": text})

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -234,12 +235,45 @@ def test_an_error_that_nobody_foresaw(serving: Serving) -> None:
     assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank"])
+def test_texts_that_take_too_long_or_that_nobody_waits_for(encoder: Callable[[str], Path], path: str) -> None:
+    """They end between two batches, and the next request need not wait for the rest of them."""
+    package = encoder("embed" if path == "/v1/embeddings" else "rerank")
+    texts = ["the sea"] * 500
+    body = {"input": texts} if path == "/v1/embeddings" else {"query": "a", "documents": texts}
+    with running(ServeConfig(onnx=[f"texts={package}"], request_timeout=1.5)) as server:
+        llm = next(iter(server.models)).llm
+        original, runs = llm.encoder.run, []
+
+        def slow(*arguments: Any) -> Any:
+            runs.append(None)
+            time.sleep(0.2)
+            return original(*arguments)
+
+        llm.encoder.run = slow  # of 16 batches
+        late = server.post(path, body)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+        assert len(runs) <= 9
+        started = len(runs)
+        with pytest.raises(httpx.ReadTimeout):
+            server.post(path, body, timeout=0.5)
+        few = {**body, ("input" if "input" in body else "documents"): texts[:1]}
+        assert server.post(path, few).status_code == 200
+        assert len(runs) - started <= 7
+        server.wait_idle()
+
+
 def test_a_request_that_takes_too_long(serving: Serving) -> None:
     server = serving(request_timeout=0.2)
     whole = server.post("/v1/completions", LONG)
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
     streamed = server.post("/v1/completions", {**LONG, "stream": True}).text
     assert '"code":"timeout"' in streamed and streamed.endswith("data: [DONE]\n\n")
+    tokenizer = next(iter(server.models)).llm.tokenizer
+    original = tokenizer.encode
+    tokenizer.encode = lambda *given, **named: (time.sleep(0.4), original(*given, **named))[1]  # type: ignore[method-assign]
+    text = server.post("/tokenize", {"prompt": "x"})
+    assert (text.status_code, text.json()["error"]["code"]) == (504, "timeout")
     server.wait_idle()
 
 
@@ -289,6 +323,38 @@ def test_traces(demo: Path) -> None:
     refused = spans["POST /v1/completions", 404]
     assert refused.attributes is not None and refused.attributes["error.type"] == "model_not_found"
     assert "private" not in str([s.to_json() for s in exporter.get_finished_spans()])
+
+
+def test_guessing_changes_no_output(serving: Serving, demo: Path) -> None:
+    """--prompt-lookup and --draft, for many clients at a time, `n` and a grammar among them."""
+    bodies: list[dict[str, Any]] = [
+        {"prompt": f"{word} the sea and the sky, the sea and the sky, the sea", "max_tokens": 30, "temperature": 0}
+        for word in ("On", "In", "By", "So")
+    ]
+    bodies[1]["n"] = 2
+    bodies[2]["structured_outputs"] = {"regex": "( and the (sea|sky),){4}"}
+
+    def answers(server: Running) -> list[Any]:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda body: server.post("/v1/completions", body).json()["choices"], bodies))
+        server.wait_idle()
+        return found
+
+    plain = answers(serving(slots=4))
+    for options in ({"prompt_lookup": True}, {"draft": str(demo)}):
+        server = serving(slots=4, **options)
+        assert answers(server) == plain
+        counts = {
+            sample.name: sample.value
+            for family in text_string_to_metric_families(server.http.get("/metrics").text)
+            for sample in family.samples
+            if sample.name.startswith("vllm:spec_decode")
+        }
+        assert (
+            0
+            < counts["vllm:spec_decode_num_accepted_tokens_total"]
+            <= counts["vllm:spec_decode_num_draft_tokens_total"]
+        )
 
 
 def test_several_packages(demo: Path, encoder: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable
 
@@ -24,6 +25,15 @@ def test_the_page_needs_no_key_and_everything_else_does(serving: Callable[..., R
             assert client.post(path, json={}).status_code == 405
         for path in ("/metrics", "/v1/models", "/docs", "/static", "/static/", "/static/js", "/static/js/none.js"):
             assert client.get(path).status_code == 401, path
+
+
+def test_the_apis_description_is_drawn_with_the_servers_own_files(served: Running) -> None:
+    answer = served.http.get("/docs")
+    assert answer.status_code == 200 and "default-src 'none'" in answer.headers["content-security-policy"]
+    named = re.findall(r"""(?:src|href|url)[=:] ?["']([^"']+)["']""", answer.text)
+    assert len(named) == 4 and "//" not in "".join(named)
+    for url in named:
+        assert served.http.get(url).status_code == 200, url
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,11 @@ class Page:
     def stats(self) -> str:
         """What the last message says of its tokens."""
         return self.texts(".message:last-child .stats")[0]
+
+    def requested(self) -> set[str]:
+        """URLs that the browser has asked for since this was last called."""
+        entries = (json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance"))
+        return {e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"}
 
     def problems(self) -> list[str]:
         """What the browser's console has complained about, but for refused requests."""

@@ -436,16 +436,12 @@ def test_a_narrow_screen(page: Page) -> None:
 
 
 def test_everything_comes_from_the_server(page: Page) -> None:
-    page.browser.get_log("performance")
+    page.requested()
     page.open()
     page.say("Hi")
     page["#tab-server"].click()
     page.wait(lambda: page.all("#figures dd"))
-    asked = set()
-    for entry in page.browser.get_log("performance"):
-        message = json.loads(entry["message"])["message"]
-        if message["method"] == "Network.requestWillBeSent":
-            asked.add(message["params"]["request"]["url"])
+    asked = page.requested()
     outside = {url for url in asked if not url.startswith(page.url) and not url.startswith(("about:", "data:"))}
     assert outside == set() and len(asked) > 10
     for url in asked:

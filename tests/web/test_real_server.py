@@ -105,6 +105,22 @@ def test_the_board_shows_requests_that_run(page: Page, server: Running) -> None:
     server.wait_idle()
 
 
+def test_swagger_ui_works_without_a_network(page: Page, server: Running) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    page.browser.execute_cdp_cmd("Network.enable", {})
+    page.browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": headers})
+    page.requested()
+    try:
+        page.browser.get(f"{server.url}/docs")
+        page.wait(lambda: page.all(".opblock-summary-path"))
+        shown = {path.replace("\u200b", "") for path in page.texts(".opblock-summary-path")}
+        assert shown == set(server.http.get("/openapi.json").json()["paths"])
+    finally:
+        page.browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {}})
+    asked = page.requested()
+    assert len(asked) >= 4 and all(url.startswith((server.url, "data:", "about:")) for url in asked), asked
+
+
 def test_a_refusal_of_the_server_is_shown(page: Page) -> None:
     setting(page, temperature=0, max_tokens=10)
     page.run("const { newChat } = await import('/static/js/chat.js'); newChat()")
