@@ -94,11 +94,16 @@ def uvicorn_config(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
 
 
 def bind(config: ServeConfig) -> socket.socket:
-    """The address taken, before anything is loaded; nobody can connect before it is served. Raises MachineError."""
+    """The address taken, before anything is loaded; nobody can connect before it is served. Raises MachineError.
+
+    Small writes go out at once (accepted connections inherit it): otherwise one that follows another waits until the client
+    acknowledges that, which takes 40 ms. asyncio sees to it for sockets of its own.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.bind(address)
     except OSError as error:
         raise MachineError(

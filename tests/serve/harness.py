@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import uvicorn
 from llmx.serve import Models, ServeConfig, create_app, load_models
-from llmx.serve.server import Server, uvicorn_config
+from llmx.serve.server import Server, bind, uvicorn_config
 
 
 @dataclass
@@ -49,8 +48,7 @@ class Running:
 @contextmanager
 def running(config: ServeConfig, models: Models | None = None, tracer: Any = None) -> Iterator[Running]:
     models = models or load_models(config)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+    with bind(config.model_copy(update={"port": 0})) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         server = Server(uvicorn_config(create_app(models, config, tracer), config), models)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

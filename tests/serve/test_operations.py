@@ -280,6 +280,22 @@ def test_a_request_that_takes_too_long(serving: Serving) -> None:
 # -- metrics and settings ---------------------------------------------------------------------------------------------
 
 
+def test_small_writes_go_out_at_once(served: Running) -> None:
+    """An answer's head and body are two writes, and so are two tokens: the second must not wait for the first's receipt."""
+    loop, done = served.server.servers[0].get_loop(), threading.Event()
+    found: list[int] = []
+
+    def look() -> None:
+        for connection in served.server.server_state.connections:
+            sock = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+            found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        done.set()
+
+    assert served.http.get("/health").status_code == 200  # its connection is kept
+    loop.call_soon_threadsafe(look)
+    assert done.wait(10) and found and all(found)
+
+
 def test_metrics_have_vllms_names(serving: Serving) -> None:
     server = serving()
     for _ in range(2):
