@@ -16,8 +16,9 @@ from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.manifest import TokenizerInfo
+from llmx.runtime.pace import Costs
 from llmx.runtime.scheduler import Request
-from llmx.runtime.speculation import Costs, PromptLookup
+from llmx.runtime.speculation import PromptLookup
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.tokenizer import Tokenizer
 from zoo.models import VOCAB, write_tokenizer
@@ -47,11 +48,11 @@ class Traffic(RuleBasedStateMachine):
     def start(self, guesser: str | None) -> None:
         backend, speculator = Model(SLOTS, LENGTH, VOCAB), None
         if guesser == "lookup":
-            chosen = Speculation(prompt_lookup=True, min_ngram=1)
+            chosen = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
             speculator = Speculator(chosen, backend, PromptLookup(chosen.max_ngram, chosen.min_ngram))
         elif guesser == "draft":
             draft = DraftModel(Model(SLOTS, LENGTH, VOCAB), VOCAB, CHUNK)
-            speculator = Speculator(Speculation(draft="a package"), backend, draft, Costs(0.05, 0.1))
+            speculator = Speculator(Speculation(draft="a package", num_tokens=3), backend, draft, Costs(0.05, 0.1))
         self.draws = guesser != "draft"  # a draft's guesses change which of the same distribution's draws is drawn
         cache = 5 * CHUNK * 8  # five blocks: the fake's state is its tokens
         self.engine = Engine(backend, self.tokenizer, CHUNK, prefix_cache_bytes=cache, speculator=speculator)
@@ -159,9 +160,9 @@ def test_the_demo_model_says_the_same_in_any_traffic(demo: Path, guesser: str) -
         ids: list[int] = generator.integers(3, 1000, count).tolist()
         return ids
 
-    wanted = (
-        Speculation(prompt_lookup=True, min_ngram=1) if guesser == "lookup" else Speculation(draft=demo, num_tokens=3)
-    )
+    wanted = Speculation(draft=demo, num_tokens=3)
+    if guesser == "lookup":
+        wanted = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
     options: dict[str, Any] = {"prefix_cache_bytes": 1 << 20, "prefill_chunk": 16, "speculative": wanted}
     with LLM(demo, slots=1) as alone, LLM(demo, slots=4, **options) as llm:
         engine, heads = llm.engine, [draw(40), draw(70), draw(5) * 8, []]
