@@ -109,6 +109,7 @@ class Llmx:
         from llmx.runtime import LLM
 
         self.versions = {"onnxruntime-gpu": onnxruntime.__version__, **_versions("numpy")}
+        self._used_before = _memory_used()
         start = time.perf_counter()
         slots = options.get("slots", 1)
         self.llm = LLM(options["model"], "cuda", max_length=options["length"], slots=slots)
@@ -127,11 +128,11 @@ class Llmx:
         backend: Any = self.llm.backend
         manifest = self.llm.manifest
         for slot in range(max(rows)):
-            backend.prefill(slot, np.array(_prompt(context, slot)), 0, np.zeros(0, np.int64))
+            backend.prefill_last(slot, np.array(_prompt(context, slot)), 0)
         made = {str(count): self._steps(backend, count, context) for count in rows}
         weights, embedding = manifest.files["weights.data"].size, self._lookup_bytes()
         state = manifest.state_bytes_per_token() * backend.slots * backend.max_length
-        used = _memory_used()
+        used = _memory_used() - self._used_before
         facts = {"weights": weights, "state": state, "beyond": used - weights - state, "open_s": self.open_s}
         return {"batches": made, "read": weights - embedding, **facts}
 
@@ -208,15 +209,9 @@ def _sampled_steps(backend: Any, rows: int, context: int, steps: int, params: An
 
 
 def _memory_used() -> int:
-    """Bytes that this process holds on the device, its CUDA context included."""
-    import os
+    """Bytes in use on the device, by whomever."""
     import subprocess
 
-    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    own = [line.split(",") for line in done.stdout.splitlines() if line.split(",")[0].strip() == str(os.getpid())]
-    if own:
-        return int(own[0][1]) << 20
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 

@@ -74,7 +74,7 @@ def load(llm: Any, clients: int, rounds: int, prompt: int, output: int, temperat
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
+    return {f"p{p}": float(np.percentile(values or [np.nan], p)) for p in (50, 90, 99)}
 
 
 def raw(backend: Any, clients: int, prompt: int, output: int) -> dict[str, float]:
@@ -119,7 +119,7 @@ def main() -> None:
     results, rows = [], []
     for prompt, output in loads:
         for temperature in (0.0, 0.8):
-            load(llm, args.clients, 1, prompt, min(output, 32), temperature)
+            load(llm, args.clients, 2, prompt, 24, temperature)
             bare = raw(llm.llm.backend, args.clients, prompt, output)
             found = load(llm, args.clients, args.rounds, prompt, output, temperature)
             share = found["tokens_per_s"] / bare["tokens_per_s"]

@@ -72,30 +72,32 @@ class Known:
 
     def __init__(self, right: float) -> None:
         self.right = right
-        self.texts: dict[tuple[int, ...], list[int]] = {}  # output by prompt
+        self.guesses: dict[tuple[int, ...], list[Any]] = {}  # of each token of the output, by prompt
 
     def propose(self, wanted: list[tuple[Any, int]]) -> list[list[Any]]:
-        from llmx.runtime.speculation import Guess
-
         proposed = []
         for sequence, most in wanted:
-            prompt = sequence.tokens[: sequence.num_prompt]
-            start = len(sequence.tokens) - len(prompt)
-            text = self.texts.get(tuple(prompt), [])[start : start + most]
-            sure = [np.random.default_rng([sum(prompt), start + i]).random() < self.right for i in range(len(text))]
-            proposed.append([Guess(t if s else t % 900 + 1) for t, s in zip(text, sure, strict=True)])
+            guesses = self.guesses.get(tuple(sequence.tokens[: sequence.num_prompt]), [])
+            proposed.append(guesses[sequence.num_output : sequence.num_output + most])
         return proposed
+
+    def _guesses(self, prompt: list[int], said: list[int]) -> list[Any]:
+        from llmx.runtime.speculation import Guess
+
+        right = np.random.default_rng(sum(prompt)).random(len(said)) < self.right
+        return [Guess(token if sure else token % 900 + 1) for token, sure in zip(said, right, strict=True)]
 
     def learn(self, fast: Any, prompts: list[list[int]], params: Any) -> None:
         """Have the model say it. A pass rounds otherwise than a step, so what it says with guesses is what counts; each
         round is right up to the next place where that decides.
         """
         for prompt in prompts:
+            before: list[int] = []
             for _ in range(params.max_tokens):
                 said = fast.generate([prompt], params)[0].outputs[0].token_ids
-                if self.texts.get(tuple(prompt)) == said:
+                if said == before:
                     break
-                self.texts[tuple(prompt)] = said
+                before, self.guesses[tuple(prompt)] = said, self._guesses(prompt, said)
 
     def close(self) -> None:
         pass
@@ -156,7 +158,14 @@ def step_times(plain: Any, fast: Any, per_token: float, widest: int) -> dict[str
     target = plain.backend
     target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
     one, length = np.array([5]), np.array([CONTEXT])
-    decode = seconds(lambda: target.decode(one, length, None, np.zeros(1, np.float32)).greedy(0))
+    chain = [5, CONTEXT]  # a GPU's next step runs ahead, so steps are timed as they follow each other
+
+    def step() -> None:
+        made = target.decode(np.array(chain[:1]), np.array(chain[1:]), None, np.zeros(1, np.float32))
+        token = made.greedy(0)
+        chain[:] = [int(made.row(0).argmax()) if token is None else token, chain[1] + 1]
+
+    decode = seconds(step)
     target = fast.backend
     target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
 

@@ -53,6 +53,7 @@ class DeviceBackend:
         self._candidates: dict[int, CandidatesStep] = {}
         self._flying: tuple[DecodeStep, int, np.ndarray] | None = None  # a step that runs ahead: what it returns
         self._changed = np.zeros(plan.slots, bool)  # slots whose state is another than that step's
+        self._joined: dict[int, tuple[int, int]] = {}  # prompts ended since the last step: next token and its position
         self._prompts = Prefill(sessions["prefill"], manifest, memory, self._state.bind)
         self._chunks = Chunks(sessions["prefill"], manifest, memory, self._state, self.max_length, self._prompts.logits)
         self._prompt_candidates: CandidatesStep | None = None
@@ -92,6 +93,8 @@ class DeviceBackend:
             top = self._prompt_candidates = self._prompt_candidates or self._candidates_of(1, self._prompts.logits)
             top.queue(np.full(1, temperature, np.float32), self._options)
             self._memory.synchronize()
+        elif temperature == 0:
+            self._joined[slot] = (token, end)
         best, score = np.array([token]), np.array([logit], np.float32)
         return _DeviceStep(self, self._read_prompt_rows, best, score, top, np.full(1, temperature, np.float32))
 
@@ -120,9 +123,13 @@ class DeviceBackend:
         end = start + len(token_ids)
         assert start >= 0 and end <= self.max_length and 0 <= slot < self.slots
         self._memory.activate()
-        self._held[slot] = end
-        self._changed[slot] = True
+        self._note_changed(slot, end)
         return end
+
+    def _note_changed(self, slot: int, held: int) -> None:
+        self._held[slot] = held
+        self._changed[slot] = True
+        self._joined.pop(slot, None)
 
     def _read_prompt_rows(self, first: int, count: int) -> np.ndarray:
         return self._read_logits(self._prompts.logits.address, count)
@@ -139,26 +146,18 @@ class DeviceBackend:
         count = len(token_ids)
         self._memory.activate()
         step = self._step(next(size for size in self._buckets if size >= count))
-        flying, self._flying = self._flying, None
         meant = np.zeros(step.rows, bool)
         meant[:count] = True if active is None else active
         self._held[:count][meant[:count]] = lengths[meant[:count]] + 1
         greedy = temperatures is not None and bool((temperatures[meant[:count]] == 0).all())
-        holds = self._holds(step, token_ids, lengths, meant)
-        if flying is not None and not (holds and flying[0] is step and not (self._changed[: step.rows] & meant).any()):
-            flying[0].tokens = None  # its block is a step further than the caller
-            holds = holds and flying[0] is not step
-            flying = None
-        if not holds:
-            self._upload(step, token_ids, lengths, meant)
-        if flying is None:
-            flying = (step, *step.launch())
-        _, mark, result = flying
+        _, mark, result = self._launched(step, token_ids, lengths, meant)
         tokens, places = step.tokens, step.lengths
         assert tokens is not None
-        if greedy and self._ahead and int(places.max()) + 2 < self._length:
-            self._flying = (step, *step.launch())
-            self._changed[:] = False
+        joined, self._joined = self._joined, {}
+        ahead = greedy and self._ahead and int(places[meant].max(initial=0)) + 2 < self._length
+        ready = not joined and self._is_free(places + 1, meant)
+        if ahead and ready:
+            self._launch_ahead(step)
         top: CandidatesStep | None = None
         if temperatures is not None and bool((temperatures > 0).any()) and "candidates" in self._sessions:
             top = self._candidates_step(step.rows)
@@ -168,11 +167,47 @@ class DeviceBackend:
             self._memory.synchronize()
         else:
             self._memory.wait(mark)
-        step.tokens = step.block.view(result, "input_ids").copy()
-        step.lengths = places + 1
+        best = step.block.view(result, "input_ids").copy()
         scores = step.block.view(result, "greedy_logits")[:count].copy()
-        read = functools.partial(self._read_rows, step, tokens, places)
-        return _DeviceStep(self, read, step.tokens[:count], scores, top, temperatures)
+        step.tokens, step.lengths = best, places + 1
+        if ahead and not ready:
+            self._join(step, joined, meant)
+            self._launch_ahead(step)
+        read = functools.partial(self._read_rows, step, tokens, places, meant)
+        return _DeviceStep(self, read, best[:count], scores, top, temperatures)
+
+    def _launched(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> Any:
+        """The step that is asked for: the one that runs ahead, if it is that, or one launched now."""
+        asked = step.tokens is not None and bool(
+            (step.tokens[: len(token_ids)] == token_ids)[meant[: len(token_ids)]].all()
+            and (step.lengths[: len(lengths)] == lengths)[meant[: len(lengths)]].all()
+        )
+        flying, self._flying = self._flying, None
+        if flying is not None:
+            if flying[0] is step and asked and not (self._changed[: step.rows] & meant).any():
+                return flying  # rows that are not meant wrote before whatever has been put into their slots since
+            flying[0].tokens = None  # its block is a step further than the caller
+            asked = asked and flying[0] is not step
+        if not (asked and self._is_free(step.lengths, meant)):
+            tokens, places = np.zeros(step.rows, np.int64), self._floor(step.rows)
+            tokens[: len(token_ids)] = token_ids
+            places[: len(lengths)][meant[: len(lengths)]] = lengths[meant[: len(lengths)]]
+            step.upload(tokens, places)
+        return (step, *step.launch())
+
+    def _launch_ahead(self, step: DecodeStep) -> None:
+        self._flying = (step, *step.launch())
+        self._changed[:] = False
+
+    def _join(self, step: DecodeStep, joined: dict[int, tuple[int, int]], meant: np.ndarray) -> None:
+        """Make the block hold what will be asked for next: the most likely tokens, and those of prompts that have ended."""
+        assert step.tokens is not None
+        places = np.where(meant, step.lengths, self._floor(step.rows))
+        tokens = step.tokens.copy()
+        for slot, (token, length) in joined.items():
+            if slot < step.rows and not meant[slot]:
+                tokens[slot], places[slot] = token, length
+        step.upload(tokens, places)
 
     def _step(self, rows: int) -> DecodeStep:
         step = self._steps.get(rows)
@@ -203,39 +238,24 @@ class DeviceBackend:
     def _candidates_of(self, rows: int, logits: Buffer) -> CandidatesStep:
         return CandidatesStep(self._sessions["candidates"], self.manifest, self._memory, rows, logits)
 
-    def _holds(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> bool:
-        """Whether the device's block holds this call's inputs, and keeps to free positions in the rows not meant."""
-        if step.tokens is None:
-            return False
-        count = len(token_ids)
-        if meant[:count].all() and count == step.rows:
-            return bool(np.array_equal(step.tokens, token_ids) and np.array_equal(step.lengths, lengths))
-        same = (step.tokens[:count] == token_ids) & (step.lengths[:count] == lengths)
-        floor = self._floor(step, lengths)
-        free = (step.lengths >= floor) & (step.lengths < np.minimum(floor + _DRIFT, self._length - 1))
-        return bool(same[meant[:count]].all() and free[~meant].all())
+    def _is_free(self, places: np.ndarray, meant: np.ndarray) -> bool:
+        """Whether the rows that are not meant, at `places`, write past what their slots hold, and not far past it."""
+        floor = self._floor(len(places))
+        free = (places >= floor) & (places < np.minimum(floor + _DRIFT, self._length - 1))
+        return bool(free[~meant].all())
 
-    def _floor(self, step: DecodeStep, lengths: np.ndarray) -> np.ndarray:
+    def _floor(self, rows: int) -> np.ndarray:
         """Where rows that are not meant may write: past what they hold."""
-        floor = np.minimum(self._held[: step.rows], self.max_length)
-        floor[: len(lengths)] = np.maximum(lengths, floor[: len(lengths)])
-        return floor
-
-    def _upload(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> None:
-        count = len(token_ids)
-        tokens, places = np.zeros(step.rows, np.int64), self._floor(step, lengths)
-        tokens[:count] = token_ids
-        places[:count][meant[:count]] = lengths[meant[:count]]
-        step.upload(tokens, places)
+        return np.minimum(self._held[:rows], self.max_length)
 
     def _read_rows(
-        self, step: DecodeStep, tokens: np.ndarray, lengths: np.ndarray, first: int, count: int
+        self, step: DecodeStep, tokens: np.ndarray, lengths: np.ndarray, meant: np.ndarray, first: int, count: int
     ) -> np.ndarray:
         """Logits [count, vocab] of rows of the last step, which ran on `tokens` at `lengths`."""
         self._memory.activate()
         if self._flying is not None:  # it has overwritten the logits: they are computed once more
             self._flying = None
-            step.upload(tokens, lengths)
+            step.upload(tokens, np.where(meant, lengths, self._floor(step.rows)))
             self._memory.wait(step.launch()[0])
             step.tokens = None
         return self._read_logits(self._logits.address + first * self._row_bytes, count)
@@ -257,8 +277,7 @@ class DeviceBackend:
 
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         self._memory.activate()
-        self._held[target] = length
-        self._changed[target] = True
+        self._note_changed(target, length)
         self._state.copy(target, self._state, source, start, length)
 
     def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
@@ -267,9 +286,7 @@ class DeviceBackend:
 
     def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
         self._memory.activate()
-        self._changed[slot] = True
-        if state:
-            self._held[slot] = start + state[0].shape[1]
+        self._note_changed(slot, start + state[0].shape[1] if state else int(self._held[slot]))
         self._state.write(slot, start, state)
 
     def close(self) -> None:

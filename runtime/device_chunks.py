@@ -24,7 +24,7 @@ PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 10
 #: Tokens of a later chunk: a token and guesses of what follows.
 JUDGED_SIZES = (3, 5, 9, 17)
 _KEPT_JUDGED = 32
-_SCRATCH_BYTES = 64 << 20  # at most, of the slot that first chunks run over
+_SCRATCH_BYTES = 16 << 20  # at most, of the slot that first chunks run over
 
 
 class Chunk:

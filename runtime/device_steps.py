@@ -21,9 +21,9 @@ from llmx.runtime.manifest import GraphInfo, Manifest, TensorInfo
 
 #: Positions past max_length that every slot's buffer has: rows that are not meant, warm-up runs and steps that run ahead
 #: write there at most.
-SPARE_POSITIONS = 8
+SPARE_POSITIONS = 3
 
-_CANDIDATE_ROWS = 32  # whose candidates are found at once
+_CANDIDATE_ROWS = 8  # whose candidates are found at once
 
 _PARTS = ("input_ids", "greedy_logits", "position_ids", "rope_lengths", "seqlens_k")
 

@@ -101,7 +101,12 @@ def test_any_calls_give_what_the_host_backend_gives(data: st.DataObject, pair: t
         what = data.draw(st.sampled_from(["step", "step", "step", "step", "prefill", "copy"]))
         if what == "prefill":
             slot, ids = int(rng.integers(SLOTS)), rng.integers(1, vocab, int(rng.integers(1, 9)))
-            rows = [b.prefill(slot, ids, 0, np.array([len(ids) - 1]))[0] for b in pair]
+            if data.draw(st.booleans()):
+                rows = [b.prefill(slot, ids, 0, np.array([len(ids) - 1]))[0] for b in pair]
+            else:
+                rows = [
+                    b.prefill_last(slot, ids, 0, None, data.draw(st.sampled_from([0.0, -1.0]))).row(0) for b in pair
+                ]
             np.testing.assert_array_equal(rows[0], rows[1])
             lengths[slot], tokens[slot] = len(ids), int(rows[1].argmax())
             continue
@@ -150,6 +155,33 @@ def test_a_greedy_step_is_one_launch_and_one_small_copy(folder: Path, ahead: boo
         if step > 0:
             assert tuple(b - a for a, b in zip(before, after, strict=True)) == (1, 0, 1)
     backend.close()
+
+
+def test_a_prompt_that_ends_between_two_steps_wastes_none(pair: tuple[DeviceBackend, Backend]) -> None:
+    """A slot gets another prompt while the next step runs, which serves the other rows; the one after has the new row."""
+    device, host = pair
+    memory = memory_of(device)
+    for backend in pair:
+        for slot in range(3):
+            backend.prefill(slot, np.arange(1, 12), 0, np.zeros(0, np.int64))
+    lengths, tokens, meant = np.full(3, 11), np.array([3, 4, 5]), np.ones(3, bool)
+    for number in range(12):
+        if number in (4, 8):
+            ids = np.arange(30, 30 + (5 if number == 4 else 20))  # shorter than what the slot held, and longer
+            for backend in pair:
+                first = backend.prefill_last(1, ids, 0, None, 0.0).greedy(0)
+            device_first = device.prefill_last(1, ids, 0, None, 0.0).greedy(0)
+            want = host.prefill(1, ids, 0, np.array([len(ids) - 1]))[0]
+            assert device_first == int(want.argmax()) and first in (None, device_first)
+            tokens[1], lengths[1] = device_first, len(ids)
+        active = meant & (np.arange(3) != 1) if number in (4, 8) else meant
+        before = memory.num_launches
+        step = device.decode(tokens, lengths, active, np.zeros(3, np.float32))
+        rows = host.decode(tokens, lengths, active).rows()
+        assert number == 0 or memory.num_launches == before + 1
+        for slot in np.flatnonzero(active):
+            assert step.greedy(slot) == int(rows[slot].argmax())
+            tokens[slot], lengths[slot] = int(rows[slot].argmax()), lengths[slot] + 1
 
 
 @pytest.mark.parametrize("change", ["copy", "prefill", "write"])
