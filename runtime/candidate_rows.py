@@ -13,19 +13,20 @@ Wanted = tuple[int, SamplingParams, np.random.Generator, float]  # row, paramete
 
 
 def choose_rows(logits: StepLogits, wanted: Sequence[Wanted]) -> dict[int, Choice]:
-    """The next tokens of those rows whose filters leave nothing outside their top. The others are left to
-    `choose_from_step`, nothing drawn for them: greedy and unfiltered rows, rows that are needed whole, bad rows.
+    """The next tokens of greedy rows, and of those whose filters leave nothing outside their top. The others are left to
+    `choose_from_step`, nothing drawn for them: unfiltered rows, rows that are needed whole, bad rows.
     """
+    greedy = {row: Choice(token) for row, *_, ask in wanted if ask == 0 and (token := logits.greedy(row)) is not None}
     filtering = [w for w in wanted if w[3] > 0 and _filters(w[1])]
     tops = logits.tops() if len(filtering) > 1 else None
     if tops is None:
-        return {}
+        return greedy
     rows = np.array([row for row, *_ in filtering])
     scaled, counts = _kept(tops, rows, [params for _, params, *_ in filtering])
     sure = np.count_nonzero(scaled > scaled[:, -1:], axis=1)
     good = (counts <= sure) & np.isfinite(tops.logits[rows, 0]) & np.isfinite(tops.log_sums[rows])
     if not good.any():
-        return {}
+        return greedy
     chosen, rows, scaled, counts = (
         [w for w, g in zip(filtering, good, strict=True) if g],
         rows[good],
@@ -39,7 +40,7 @@ def choose_rows(logits: StepLogits, wanted: Sequence[Wanted]) -> dict[int, Choic
     targets = np.array([generator.random() for _, _, generator, _ in chosen]) * sums[:, -1]
     places = np.minimum(np.count_nonzero(sums <= targets[:, None], axis=1), sums.shape[1] - 1)
     tokens = tops.ids[rows, np.take_along_axis(order, places[:, None], 1)[:, 0]].tolist()
-    return {row: Choice(token) for (row, *_), token in zip(chosen, tokens, strict=True)}
+    return greedy | {row: Choice(token) for (row, *_), token in zip(chosen, tokens, strict=True)}
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -24,7 +24,7 @@ from llmx.runtime.outputs import Logprob, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
-from llmx.runtime.sampling import Choice, choose, make_generator, needs_full_row, with_logprobs
+from llmx.runtime.sampling import Choice, choose, is_restricted, make_generator, with_logprobs
 from llmx.runtime.scheduler import Plan, PrefillPlan, Request, Scheduler, Sequence
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.step_logits import HostLogits, StepLogits
@@ -218,12 +218,13 @@ class Engine:
                 request = self._arrivals.pop(0)
             self._live.append(request)
             self.scheduler.add(request)
+        now = time.perf_counter()
         for request in self._live:
             if request.cancelled:
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
                         self._finish(sequence, "abort", None, "", new=False)
-            elif request.beams is None and time.perf_counter() >= request.deadline:
+            elif request.params.max_time is not None and request.beams is None and now >= request.deadline:
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
                         self._finish(sequence, "length", "max_time", "", new=False)
@@ -342,7 +343,7 @@ class Engine:
 
     def _asks(self, sequence: Sequence) -> float:
         """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
-        return WHOLE_ROW if needs_full_row(sequence.params, sequence.history) else sequence.asks
+        return WHOLE_ROW if is_restricted(sequence.params, sequence.history) else sequence.asks
 
     def _advance(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None = None) -> None:
         """Choose the next token from row `row` of `logits` (`choice`, where it was), and find out whether the sequence goes on."""
@@ -463,7 +464,7 @@ class Engine:
         sequence.text += text
         request = sequence.request
         if request.emit is not None and not request.undecided:
-            metrics = request.metrics if request.finished else None
+            metrics = request.metrics if sequence.finish_reason is not None and request.finished else None
             piece = StreamPiece(
                 text, ids, sequence.index, sequence.finish_reason, sequence.stop_reason, logprobs, metrics
             )

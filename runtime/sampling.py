@@ -116,8 +116,11 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
         or params.structured_outputs is not None
     ):
         return True
-    if history is None:
-        return False
+    return history is not None and is_restricted(params, history)
+
+
+def is_restricted(params: SamplingParams, history: History) -> bool:
+    """Whether the rules of the next token need the whole row, whatever the other parameters do."""
     rules = history.rules
     restricted = (
         rules.suppressed or rules.forced_last is not None or (rules.suppressed_first and not history.num_output)
