@@ -14,7 +14,6 @@ from llmx.runtime.device_memory import HostMemory, Region
 from llmx.runtime.device_sessions import open_device_sessions
 from llmx.runtime.device_steps import CandidatesStep
 from llmx.runtime.manifest import load_manifest
-from llmx.runtime.speculator import measure
 from llmx.runtime.state import plan_state
 
 LENGTH, SLOTS = 72, 3
@@ -143,8 +142,3 @@ def test_planes_are_copied_between_different_pitches() -> None:
     want = np.zeros((2, 4, 16), np.uint8)
     want[:, :3, 2:7] = values.reshape(2, 3, 8)[:, :, :5]
     np.testing.assert_array_equal(got.reshape(2, 4, 16), want)
-
-
-def test_costs_are_measured_as_passes_run(pair: tuple[DeviceBackend, Backend]) -> None:
-    costs = measure(pair[0], None)
-    assert costs.position >= 0 and costs.guess == 0
