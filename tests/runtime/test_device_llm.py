@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM, SamplingParams, Speculation
 from llmx.runtime import llm as llm_module
 from llmx.runtime.device_backend import DeviceBackend
 from llmx.runtime.device_memory import HostMemory
@@ -69,3 +69,27 @@ def test_all_at_once(pair: tuple[LLM, LLM]) -> None:
 def test_scores(pair: tuple[LLM, LLM]) -> None:
     [got], [want] = (llm.score([PROMPTS[2]]) for llm in pair)
     assert got == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [3, None])
+def test_guesses_change_nothing(
+    num_tokens: int | None, pair: tuple[LLM, LLM], device_package: Callable[[str], Path]
+) -> None:
+    """Prompt lookup on the device, judged from its most likely tokens, its candidates, or whole rows."""
+    folder = device_package("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm_module, "open_backend", on_device)
+        device = LLM(folder, max_length=96, slots=4, speculative=Speculation(prompt_lookup=True, num_tokens=num_tokens))
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.7, "top_p": 0.8, "seed": 1},
+        {"temperature": 0.4, "seed": 5},
+        {"min_tokens": 6, "logprobs": 2},
+        {"temperature": 0.8, "top_k": 30, "repetition_penalty": 1.1, "seed": 9},
+        {"temperature": 0.3, "min_p": 0.2, "seed": 2},
+    ]
+    params = [SamplingParams(max_tokens=30, ignore_eos=True, **options) for options in asked]
+    with device:
+        assert said(device, params) == said(pair[1], params)
+        drafted = sum(out.metrics.num_drafted for out in device.generate(PROMPTS, params))
+        assert drafted > 0 or num_tokens is None  # where guesses do not pay there are none
