@@ -358,7 +358,7 @@ def test_guessing_changes_no_output(serving: Serving, demo: Path) -> None:
 
     plain = answers(serving(slots=4))
     for options in ({"prompt_lookup": True}, {"draft": str(demo)}):
-        server = serving(slots=4, **options)
+        server = serving(slots=4, num_speculative_tokens=3, **options)
         assert answers(server) == plain
         counts = {
             sample.name: sample.value
