@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from types import FrameType
@@ -116,5 +117,8 @@ def serve(models: Models, config: ServeConfig, sock: socket.socket) -> None:
     """Serve at `bind`'s socket until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end."""
     configure(config.log_format, config.log_level)
     server = Server(uvicorn_config(create_app(models, config), config), models)
+    # What is there now stays. Left out of collections, it neither makes them long, which stalls streams, nor rare.
+    gc.collect()
+    gc.freeze()
     log(logging.INFO, "serving", models=[model.name for model in models], host=config.host, port=sock.getsockname()[1])
     server.run(sockets=[sock])
