@@ -54,7 +54,8 @@ class Observer:
                 await api_error(error).response()(scope, receive, observed)
         finally:
             self._note(scope, state, request_id, status, start)
-            state.pop("error", None)  # its traceback holds the request, which holds it: memory until the next collection
+            # Its traceback holds the request, which holds it: memory until the next collection.
+            state.pop("error", None)
 
     def _note(self, scope: Scope, state: dict[str, Any], request_id: str, status: int, start: float) -> None:
         end = time.perf_counter()
