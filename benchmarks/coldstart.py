@@ -21,17 +21,17 @@ from typing import Any
 from common import (
     add_model_arguments,
     add_peers_argument,
+    add_run_arguments,
     checkpoint_for,
     machine,
     make_parser,
-    positive,
     print_table,
     rounded,
     spread,
     summary,
     write_results,
 )
-from peers import Peer, Worker, model_for, parse_peer
+from peers import Peer, Worker, chosen_peers, model_for
 
 #: Engines whose start is compared where none are named.
 DEFAULT = {
@@ -71,15 +71,10 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_model_arguments(parser)
     add_peers_argument(parser)
-    parser.add_argument("--peers", help="engines, by commas [default: those that fit --dtype]")
-    parser.add_argument("--prompt", type=positive, default=32, help="tokens of the prompt [default: 32]")
-    parser.add_argument("--threads", type=positive, default=2, help="of every engine [default: 2]")
-    parser.add_argument("--repeats", type=positive, default=7, help="rounds that count [default: 7]")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompt [default: 0]")
+    add_run_arguments(parser, prompt=32, repeats=7)
     args = parser.parse_args()
     started, checkpoint = machine(), checkpoint_for(args)
-    named = args.peers or DEFAULT.get(args.dtype, "")
-    peers = [parse_peer(name, args.dtype) for name in dict.fromkeys(["llmx", *(n for n in named.split(",") if n)])]
+    peers = chosen_peers(args, DEFAULT)
     models = {peer.name: model_for(peer, checkpoint, args.work, args.peers_dir) for peer in peers}
     vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     runs = run_all(args, peers, models, vocab)

@@ -48,6 +48,15 @@ def add_peers_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers-dir", type=Path, default=PEERS, help="the peers' venvs [default: .peers]")
 
 
+def add_run_arguments(parser: argparse.ArgumentParser, prompt: int, repeats: int) -> None:
+    """Which engines run, on what, how often; the numbers are defaults."""
+    parser.add_argument("--peers", help="engines, by commas [default: those that fit --dtype]")
+    parser.add_argument("--prompt", type=positive, default=prompt, help=f"tokens of the prompt [default: {prompt}]")
+    parser.add_argument("--threads", type=positive, default=2, help="of every engine [default: 2]")
+    parser.add_argument("--repeats", type=positive, default=repeats, help=f"rounds that count [default: {repeats}]")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts [default: 0]")
+
+
 def positive(text: str) -> int:
     """An argparse type: an integer of at least 1."""
     number = int(text)
@@ -105,15 +114,21 @@ def memory_fields(pid: int | str = "self", files: tuple[str, ...] = ("smaps_roll
     return fields
 
 
-def machine() -> dict[str, Any]:
-    """Date, CPU, load and versions: without them a number says nothing."""
-    facts = {}
+def cpu_facts() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first CPU; nothing where there is no such file."""
+    facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
+    return facts
+
+
+def machine() -> dict[str, Any]:
+    """Date, CPU, load and versions: without them a number says nothing."""
+    facts = cpu_facts()
     flags = set(facts.get("flags", "").split())
     gpus = subprocess.run(
         ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False

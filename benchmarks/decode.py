@@ -25,6 +25,7 @@ import psutil
 from common import (
     add_model_arguments,
     add_peers_argument,
+    add_run_arguments,
     checkpoint_for,
     common_prefix,
     fail,
@@ -39,7 +40,7 @@ from common import (
     summary,
     write_results,
 )
-from peers import DEFAULT, Peer, Worker, model_for, parse_peer
+from peers import DEFAULT, Peer, Worker, chosen_peers, model_for
 
 NOISE = 0.05  # CPUs that others may use during a run before the reader is told
 
@@ -132,21 +133,15 @@ def main() -> None:
     parser = make_parser(__doc__)
     add_model_arguments(parser)
     add_peers_argument(parser)
-    parser.add_argument("--peers", help="engines, by commas [default: those of peers.DEFAULT for --dtype]")
-    parser.add_argument("--prompt", type=positive, default=512, help="tokens of the prompt [default: 512]")
+    add_run_arguments(parser, prompt=512, repeats=5)
     parser.add_argument("--tokens", type=positive, default=128, help="decode steps [default: 128]")
-    parser.add_argument("--threads", type=positive, default=2, help="of every engine [default: 2]")
-    parser.add_argument("--repeats", type=positive, default=5, help="rounds that count [default: 5]")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them [default: 1]")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts [default: 0]")
     parser.add_argument("--rebuild", action="store_true", help="make every engine's model anew")
     args = parser.parse_args()
     started = machine()
     checkpoint = checkpoint_for(args)
-    subject = "llmx"
-    wanted_peers = DEFAULT[args.dtype] if args.peers is None else args.peers
-    names = list(dict.fromkeys([subject, *(name for name in wanted_peers.split(",") if name)]))
-    peers = [parse_peer(name, args.dtype) for name in names]
+    peers = chosen_peers(args, DEFAULT)
+    subject = peers[0].name
     models = {p.name: model_for(p, checkpoint, args.work, args.peers_dir, args.rebuild) for p in peers}
     config = json.loads((checkpoint / "config.json").read_text())
     context = -(-(args.prompt + args.tokens + 1) // 256) * 256

@@ -34,6 +34,7 @@ from common import (
     add_peers_argument,
     checkpoint_for,
     common_prefix,
+    cpu_facts,
     fail,
     make_parser,
     print_table,
@@ -47,7 +48,7 @@ DEFAULT = {
     "fp16": "transformers-fp32,onnxruntime-genai-fp32",
     "bf16": "transformers,transformers-compiled,openvino-genai",
     "int8": "llama.cpp-q8_0,openvino-genai,llmx-fp32",
-    "int4": "llama.cpp-q4_0,onnxruntime-genai,openvino-genai,llmx-fp32",
+    "int4": "llama.cpp-q4_0,onnxruntime-genai,openvino-genai,llmx-int4-head4,llmx-fp32",
 }
 PACKAGES = {
     "llama": ["numpy", "gguf==0.19.0", "llama-cpp-python==0.3.36"],
@@ -63,13 +64,20 @@ REMOVED = {"openvino": "torchvision"}
 VENV = {"llama.cpp": "llama", "onnxruntime-genai": "genai", "openvino-genai": "openvino"}
 #: Engines and the weights they can be given, the longest names first.
 KINDS = {
-    "llmx": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "llmx": ("fp32", "fp16", "bf16", "int8", "int4", "int4-head4"),
     "llama.cpp": ("f32", "q8_0", "q4_0"),
     "onnxruntime-genai": ("fp32", "fp16", "int4"),
     "openvino-genai": ("fp32", "bf16", "int8", "int4"),
     "transformers.exporters": ("fp32",),
     "transformers-compiled": ("fp32", "fp16", "bf16"),
     "transformers": ("fp32", "fp16", "bf16"),
+}
+#: CMake's name of what llama.cpp can use of a CPU, by the name in /proc/cpuinfo.
+GGML_FEATURES = {
+    "avx512f": "AVX512",
+    "avx512vbmi": "AVX512_VBMI",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512_bf16": "AVX512_BF16",
 }
 GGUF_KIND = {"fp32": "f32", "int8": "q8_0", "int4": "q4_0"}
 
@@ -94,6 +102,13 @@ def parse_peer(name: str, dtype: str = "fp32") -> Peer:
     fail(f"No engine is called {name}; choose from {', '.join(KINDS)}.")
 
 
+def chosen_peers(args: argparse.Namespace, default: dict[str, str]) -> list[Peer]:
+    """llmx, then the engines of --peers, or those of `default` for --dtype."""
+    named = default.get(args.dtype, "") if args.peers is None else args.peers
+    names = dict.fromkeys(["llmx", *(name for name in named.split(",") if name)])
+    return [parse_peer(name, args.dtype) for name in names]
+
+
 def python_of(engine: str, peers: Path) -> str:
     """The interpreter that has `engine`. Exits with one sentence where it was not set up."""
     if engine not in VENV:
@@ -108,6 +123,8 @@ def llmx_export(checkpoint: Path, output: Path, dtype: str) -> list[str]:
     """The command line of `llmx export`."""
     command = [sys.executable, "-m", "llmx.cli", "export", "--model", str(checkpoint), "--output", str(output)]
     weights = ["--quantize", dtype] if dtype.startswith("int") else ["--dtype", dtype]
+    if dtype == "int4-head4":  # the output head and the embedding too, as onnxruntime-genai's builder does
+        weights = ["--quantize", "int4", "--quantize-head", "int4"]
     return [*command, *weights, "--no-verify"]
 
 
@@ -246,6 +263,17 @@ class Worker:
         self._stderr.close()
 
 
+def llama_options() -> str:
+    """CMake's options that build llama.cpp for this CPU, but without AMX: its kernels for it end with a segmentation fault on
+    quantized weights (ggml-org/llama.cpp issue 20824; seen here with Q8_0 and Q4_0).
+    """
+    flags = set(cpu_facts().get("flags", "").split())
+    if "amx_tile" not in flags:
+        return "-DGGML_NATIVE=on"
+    features = " ".join(f"-DGGML_{name}=on" for flag, name in GGML_FEATURES.items() if flag in flags)
+    return f"-DGGML_NATIVE=off {features}"
+
+
 def setup(args: argparse.Namespace) -> None:
     """A venv for each peer that needs its own; those that are there stay."""
     args.peers_dir.mkdir(parents=True, exist_ok=True)
@@ -257,7 +285,7 @@ def setup(args: argparse.Namespace) -> None:
             continue
         print(f"{folder}: {' '.join(packages)}")
         run_quietly([sys.executable, "-m", "venv", str(folder)], f"Making {folder}")
-        environment = {**os.environ, "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=on")}
+        environment = {**os.environ, "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", llama_options())}
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", *packages]
         start = time.perf_counter()
         if subprocess.run(command, env=environment, check=False).returncode:

@@ -15,6 +15,7 @@ from llmx.export.feedback import Feedback, GreedyTokens
 from llmx.export.fusions import RmsNorm, RotaryInAttention, SkipRmsNorm
 from llmx.export.packed import is_parameter
 from llmx.export.packing import PackedPair, PackedQkv, QuickSilu, StraightHeads
+from llmx.export.step_attention import StepAttention
 from llmx.export.targets import Target
 from llmx.export.trace import GATHER_POSITIONS, HIDDEN
 from onnx_ir.passes import InPlacePass, PassResult, Sequential
@@ -249,7 +250,7 @@ def prefill_passes(target: Target) -> list[ir.passes.PassBase]:
 
 def decode_passes(target: Target) -> list[ir.passes.PassBase]:
     """The decode graph: [batch, 1] tokens, no `logits_positions` input; for a device, also the next step's inputs."""
-    further = [GreedyTokens(), Feedback()] if target.on_device else []
+    further = [GreedyTokens(), Feedback()] if target.on_device else [StepAttention()]
     return [KeepTheOnlyPosition(), OneTokenPerRow(), *_simplify(), *_tidy(), *further, UnnamedOutputs()]
 
 
