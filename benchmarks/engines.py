@@ -281,6 +281,7 @@ class OpenvinoGenai:
         if options["dtype"] == "fp32":
             properties["INFERENCE_PRECISION_HINT"] = "f32"  # else bf16 where the CPU has it
         self.pipeline: Any = openvino_genai.LLMPipeline(options["model"], "CPU", **properties)
+        self.model: Any = None  # for `logits`, compiled when it is first asked for
         self.setting = "LLMPipeline" + (", f32 arithmetic" if options["dtype"] == "fp32" else "")
 
     def run(self, prompt: list[int], steps: int) -> Timed:
@@ -306,12 +307,14 @@ class OpenvinoGenai:
     def logits(self, prompt: list[int]) -> list[float]:
         import numpy as np
 
-        config = {"INFERENCE_PRECISION_HINT": "f32"} if self.options["dtype"] == "fp32" else {}
-        model = self.openvino.Core().compile_model(self.options["model"] + "/openvino_model.xml", "CPU", config)
+        if self.model is None:
+            config = {"INFERENCE_PRECISION_HINT": "f32"} if self.options["dtype"] == "fp32" else {}
+            path = self.options["model"] + "/openvino_model.xml"
+            self.model = self.openvino.Core().compile_model(path, "CPU", config)
         ids = np.array([prompt], np.int64)
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, np.int32)}
         feeds["position_ids"] = np.arange(len(prompt), dtype=np.int64)[None]
-        out = model.create_infer_request().infer(feeds)
+        out = self.model.create_infer_request().infer(feeds)
         return [float(value) for value in out["logits"][0, -1]]
 
 

@@ -189,7 +189,8 @@ class OrtBackend(HostPrefill):
         step.feed("position_ids", lengths[:, None])
         step.feed("seqlens_k", lengths)
         step.feed("total_sequence_length", lengths.max() + 1)
-        step.feed("rope_lengths", lengths[:, None] + 1)
+        if self.state_by_length:
+            step.feed("rope_lengths", lengths[:, None] + 1)
         return HostLogits(step.run(self._run_options)[:, 0])
 
     def verify(self, token_ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ copy and the rows are all there is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +83,11 @@ class HostLogits:
         return self._logits
 
     def greedy(self, index: int) -> int | None:
-        return None
+        row = self._logits[index]
+        if row.dtype != np.float32:
+            return None
+        best = int(row.argmax())  # NaN counts as the largest
+        return best if math.isfinite(row[best]) else None
 
     def top(self, index: int) -> TopLogits | None:
         return None

@@ -215,3 +215,17 @@ def test_an_engine_over_a_device_generates_what_the_plain_one_does() -> None:
         assert all(request.error is None for request in requests)
         outputs.append([request.sequences[0].output_ids for request in requests])
     assert outputs[0] == outputs[1]
+
+
+def test_greedy_rows_of_the_host() -> None:
+    """The lowest of the likeliest ids; nothing where the row is not finite or of a narrower type."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 40, (50, 300)).astype(np.float32)  # many equals
+    logits = HostLogits(rows)
+    for index, row in enumerate(rows):
+        assert logits.greedy(index) == int(np.flatnonzero(row == row.max())[0])
+    for bad in (np.nan, np.inf):
+        rows[0, 17] = bad
+        assert logits.greedy(0) is None
+    assert HostLogits(np.full((1, 9), -np.inf, np.float32)).greedy(0) is None
+    assert HostLogits(rows[1:].astype(np.float16)).greedy(0) is None
