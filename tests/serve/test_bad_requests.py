@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import json
 from typing import Any
 
 import pytest
 from harness import Running
+from llmx.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
+from pydantic import BaseModel, ValidationError
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -122,3 +126,26 @@ def test_only_json_is_read(served: Running) -> None:
 def test_the_server_goes_on(served: Running) -> None:
     assert served.post(*text()).status_code == 200
     assert served.http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [None] * 2000}),
+        (CompletionRequest, {"prompt": [[None] * 2000] * 2000}),
+        (CompletionRequest, {"prompt": ["x"] * 5000}),
+        (EmbeddingRequest, {"input": [[5]] * 5000}),
+        (ChatRequest, {"messages": [3] * 2000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [3] * 2000}]}),
+    ],
+)
+def test_a_list_is_given_up_at_its_first_wrong_item(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """A complaint for each of millions would hold the event loop for seconds."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate_json(json.dumps(body))
+    assert caught.value.error_count() <= 4  # one for each member of a union
+
+
+def test_garbage_is_collected_after_a_body_that_is_wrong(served: Running) -> None:
+    assert served.post(TEXT, {"prompt": [1, "x"]}).status_code == 400
+    assert gc.isenabled()
