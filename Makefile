@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-all lint coverage code-coverage bench docs clean
+.PHONY: setup demo test test-all lint coverage coverage-subset code-coverage bench docs clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ lint: setup
 # Every architecture that transformers has: docs/coverage.md. Resumable; `sweep.py --again TYPE …` runs some once more.
 coverage: setup
 	$(BIN)/python tests/zoo/sweep.py
+
+# What CI runs of it: each family of models and each layout of state, every kind of hyper-parameter (part of `make test`).
+coverage-subset: setup
+	$(BIN)/python -m pytest -q -m "not slow" $(addprefix tests/export/test_,parity.py grid.py rope.py traps.py experts.py shims.py \
+		lengths.py prediction_heads.py carried_export.py recurrences.py hidden_states.py seq2seq.py transcribe.py spm.py encoder.py) \
+		tests/runtime/test_carried_traffic.py
 
 code-coverage: setup
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term

@@ -15,15 +15,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from llmx.export.lengths import USEFUL, joined, longest_right
 from llmx.export.lowering import _first_line, _place, lower
 from llmx.export.packed import is_parameter
 from llmx.export.passes import encoder_graph
+from llmx.export.recurrences import recurrences_as_operators
 from llmx.export.rope import length_rule, untouched
 from llmx.export.shims import fake_tensors, replaced, shimmed
 from llmx.export.trace import HIDDEN, keep_positions, output_head
@@ -157,10 +159,12 @@ def probe_carried(model: torch.nn.Module) -> Carried:
 
     Raises UnsupportedModelError for a model that takes no cache of transformers' common kind, or keeps nothing in it.
     """
-    parameters = inspect.signature(model.forward).parameters
-    argument = next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
+    argument = cache_argument(model)
     if argument is None:
-        raise UnsupportedModelError(f"{type(model).__name__}.forward takes no cache (past_key_values)")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}.forward takes no cache (past_key_values) that could be carried from step to step; it "
+            "would have to keep its state in one of transformers'"
+        )
     output_head(model)
     if any(vars(module).get("is_decoder") is False for module in model.modules()):
         # its tokens see those after them, which no cache can hold
@@ -170,11 +174,13 @@ def probe_carried(model: torch.nn.Module) -> Carried:
             "its rotary factors depend on the sequence's length, which carried state has no input for"
         )
     caches = []
-    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(model):
         for length in (_SEQ, _OTHER_SEQ):
             cache = new_cache(model.config)
             try:
-                _call(model, argument, torch.ones(1, length, dtype=torch.long), torch.arange(length)[None], cache)
+                call_with_cache(
+                    model, argument, torch.ones(1, length, dtype=torch.long), torch.arange(length)[None], cache
+                )
             except LlmxError:
                 raise
             except Exception as error:
@@ -186,8 +192,16 @@ def probe_carried(model: torch.nn.Module) -> Carried:
         for tensor in compare_layers(index, *layers, length=_SEQ)
     ]
     if not tensors:
-        raise UnsupportedModelError(f"{type(model).__name__} keeps nothing in the cache that it is given")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps nothing in the cache that it is given; its state would have to be there"
+        )
     return Carried.of(caches[0], tensors, argument)
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name under which a model takes its cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
 
 
 def compare_layers(index: int, layer: Any, other: Any, length: int, side: str | None = None) -> Iterator[CarriedTensor]:
@@ -216,7 +230,9 @@ def tracing() -> Iterator[None]:
         yield
 
 
-def _call(model: Any, argument: str, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def call_with_cache(
+    model: Any, argument: str, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Any
+) -> torch.Tensor:
     more: dict[str, Any] = {argument: cache, "use_cache": True, "return_dict": True}
     if "position_ids" in inspect.signature(model.forward).parameters:
         more["position_ids"] = position_ids
@@ -243,7 +259,7 @@ class _Module(torch.nn.Module):
         read: list[torch.Tensor] = []
         hook = keep_positions(self.model, gather, read)
         try:
-            logits = _call(self.model, self.carried.argument, input_ids, position_ids, cache)
+            logits = call_with_cache(self.model, self.carried.argument, input_ids, position_ids, cache)
         finally:
             hook.remove()
         present = [tensor.read(cache.layers[tensor.layer]) for tensor in self.carried.tensors]
@@ -267,17 +283,31 @@ class CarriedDecode(_Module):
         return self._run(input_ids, position_ids, self.carried.cache(past), lambda states: states)
 
 
-def carried_graphs(model: torch.nn.Module, carried: Carried, hidden: bool = False) -> dict[str, ir.Model]:
-    """The graphs by name: `decode`, and `prefill` where it can be traced; with `hidden`, both return the hidden states that
-    the head reads, too. Raises UnsupportedModelError.
+def carried_graphs(
+    model: torch.nn.Module, carried: Carried, context: int, hidden: bool, operators: bool
+) -> dict[str, ir.Model]:
+    """The graphs by name: `decode`, and `prefill` where it can be traced for prompts of any length up to the `context`; with
+    `hidden`, both return the hidden states that the head reads, too. `operators`: whether the provider has an operator for
+    recurrences. Raises UnsupportedModelError.
     """
     graphs = {}
-    prefill = _trace_prefill(model, carried, hidden)
+    with recurrences_as_operators(model) if operators else nullcontext():
+        prefill = _trace_prefill(model, carried, context, hidden)
     if prefill is not None:
         graphs["prefill"] = prefill
     graphs["decode"] = _trace_decode(model, carried, hidden)
     separate_names(graphs)
     return graphs
+
+
+def longest_state(decode: ir.Model, context: int) -> int:
+    """The longest context, up to `context`, whose steps the graph is right for. Raises UnsupportedModelError where that is
+    too short to be of use.
+    """
+    found = longest_right(decode, 2, context - 1, lambda name, _: _SEQ if name == "cross" else None) + 1
+    if found < min(context, USEFUL):
+        raise UnsupportedModelError(f"its code takes another way after {found} tokens, and a graph has no branches")
+    return found
 
 
 def separate_names(graphs: dict[str, ir.Model]) -> None:
@@ -288,19 +318,27 @@ def separate_names(graphs: dict[str, ir.Model]) -> None:
                 value.name = f"{name}.{value.name}"
 
 
-def _trace_prefill(model: torch.nn.Module, carried: Carried, hidden: bool) -> ir.Model | None:
+def _trace_prefill(model: torch.nn.Module, carried: Carried, context: int, hidden: bool) -> ir.Model | None:
     """The graph of whole prompts, or None where there is none for prompts of any length.
 
     Recurrences work in blocks, and a loop over the blocks is unrolled by the tracer, whatever the symbolic length: such a
-    graph is right for the example's number of blocks alone. Traced with another, it has another number of nodes.
+    graph is right for the example's number of blocks alone. Traced with another, it is another graph.
     """
+
+    def size(name: str, _: int) -> int | None:
+        return 2 if name == "logits_positions" else None
+
     try:
         graph = _lower_prefill(model, carried, _SEQ, hidden)
-        if any(tensor.grows is None for tensor in carried.tensors):
-            other = _lower_prefill(model, carried, 2 * longest_block(model.config) + 5, hidden)
-            if [node.op_type for node in graph.graph] != [node.op_type for node in other.graph]:
+        short = longest_right(graph, MIN_PREFILL, context, size) < context
+        if short or any(tensor.grows is None for tensor in carried.tensors):
+            other = _lower_prefill(model, carried, min(2 * longest_block(model.config) + 5, context), hidden)
+            if not joined(other, graph):
                 return None
+            graph = other  # whose sizes are less often 1 by chance
     except UnsupportedModelError:
+        return None
+    if longest_right(graph, MIN_PREFILL, context, size) < context:
         return None
     _name(graph.graph, carried, {"input_ids": "seq", "position_ids": "seq", "logits_positions": "asked"}, "asked")
     return encoder_graph(graph)

@@ -12,9 +12,10 @@ from llmx.export.agreement import greedy_params, token_agreement
 from llmx.export.differences import Differences, log_softmax
 from llmx.export.pair import LENGTHS, Pair, Report, Stage
 from llmx.export.parting import Parting, find_seq2seq_parting
-from llmx.export.seq2seq import Sources, greedy, speech_greedy
+from llmx.export.seq2seq import Sources
 from llmx.export.tokenizer import load_tokenizer
 from llmx.export.verify import _NEW_TOKENS
+from llmx.export.verify_seq2seq import greedy, output_logits, speech_greedy
 from llmx.runtime import LLM
 from llmx.runtime.errors import RequestError
 from llmx.runtime.manifest import Seq2SeqInfo
@@ -103,7 +104,7 @@ def _path(pair: Pair, info: Seq2SeqInfo, length: int, row: int, steps: int) -> P
         source = torch.randn(shape, generator=random)
         tokens = speech_greedy(pair.model, source, info.decoder_prompt, steps, info)
     flat, path = source[0].numpy(), tokens[0].numpy()
-    return Path(flat, path, _logits(pair.model, flat, path))
+    return Path(flat, path, output_logits(pair.model, arguments(flat), tokens))
 
 
 def _logits(model: Any, source: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -174,7 +175,7 @@ def _perplexity(
     onnx = pytorch = 0.0
     for source, labels in pairs:
         shifted = _shifted(model, labels)
-        path = Path(source, shifted, _logits(model, source, shifted))
+        path = Path(source, shifted, output_logits(model, arguments(source), torch.from_numpy(shifted)[None]))
         paths.append(path)
         got = _compare(llm, path, len(paths) - 1, differences).astype(np.float32)[:, : path.logits.shape[1]]
         onnx -= float(np.take_along_axis(log_softmax(got), labels[:, None], axis=1).sum())

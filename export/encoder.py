@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 import torch
+from llmx.export.carried import longest_block
 from llmx.export.checkpoint import Checkpoint
+from llmx.export.lengths import USEFUL, joined, longest_right
 from llmx.export.lowering import lower
 from llmx.export.rope import by_length
 from llmx.export.verify import TOLERANCE, fitting
@@ -135,6 +137,19 @@ class EncoderModule(torch.nn.Module):
         return {"embeddings": self.head(hidden, attention_mask), "last_hidden_state": hidden}
 
 
+def _lower(module: EncoderModule, length: int) -> ir.Model:
+    ids = torch.ones(_BATCH, length, dtype=torch.long)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids.clone()}
+    if takes_token_types(module.model):
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    symbolic = torch.export.Dim.DYNAMIC
+    return lower(module, inputs, {name: {0: symbolic, 1: symbolic} for name in inputs})
+
+
+def _size(_: str, axis: int) -> int | None:
+    return _BATCH if axis == 0 else None
+
+
 def _takes(model: torch.nn.Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
@@ -179,14 +194,23 @@ def _pooling_modes(config: dict[str, Any]) -> list[str]:
     return modes
 
 
-def trace_encoder(module: EncoderModule) -> ir.Model:
-    """The graph of `module`, unoptimised, batch and sequence symbolic."""
-    ids = torch.ones(_BATCH, _SEQ, dtype=torch.long)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": ids.clone()}
-    if takes_token_types(module.model):
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    symbolic = torch.export.Dim.DYNAMIC
-    model = lower(module, inputs, {name: {0: symbolic, 1: symbolic} for name in inputs})
+def trace_encoder(module: EncoderModule, longest: int) -> ir.Model:
+    """The graph of `module`, unoptimised, batch and sequence symbolic; for texts of up to `longest` tokens where one graph
+    is right for all of them.
+    """
+    model = _lower(module, _SEQ)
+    if longest_right(model, 2, longest, _size) < longest:
+        try:
+            other = _lower(module, min(2 * longest_block(module.config) + 5, longest))
+        except UnsupportedModelError:
+            return _named(model)  # which `longest_text` limits to the lengths it is right for
+        if joined(other, model) or longest_right(other, 2, longest, _size) == longest:
+            model = other
+    return _named(model)
+
+
+def _named(model: ir.Model) -> ir.Model:
+    """The package format's shapes of inputs and outputs."""
     for value in model.graph.inputs:
         value.shape = ir.Shape(["batch", "seq"])
     for value in model.graph.outputs:
@@ -195,6 +219,18 @@ def trace_encoder(module: EncoderModule) -> ir.Model:
             ["batch", "seq", *value.shape[2:]] if len(value.shape) == 3 else ["batch", *value.shape[1:]]
         )
     return model
+
+
+def longest_text(traced: ir.Model, longest: int) -> int:
+    """The longest text, up to `longest` tokens, that the graph is right for. Raises UnsupportedModelError where that is too
+    short to be of use.
+    """
+    found = longest_right(traced, 2, longest, _size)
+    if found < min(longest, USEFUL):
+        raise UnsupportedModelError(
+            f"its code takes another way for texts of {found + 1} tokens than for those of {_SEQ}, and a graph has no branches"
+        )
+    return found
 
 
 def takes_token_types(model: Any) -> bool:
@@ -214,7 +250,7 @@ def describe_encoder(checkpoint: Checkpoint, module: EncoderModule, graph: ir.Mo
     head = module.head
     return EncoderInfo(
         task=checkpoint.task,
-        max_length=_max_length(checkpoint, module.model, tokenizer, bert),
+        max_length=longest_input(checkpoint, module.model, tokenizer),
         pooling=list(head.pooling.modes) if head is not None else [],
         normalized=head.normalized if head is not None else False,
         dimension=int(graph.graph.outputs[0].shape[1]) if head is not None and graph.graph.outputs[0].shape else None,
@@ -242,7 +278,9 @@ def _activation(config: Any) -> str:
     return "sigmoid" if config.problem_type == "multi_label_classification" or config.num_labels == 1 else "softmax"
 
 
-def _max_length(checkpoint: Checkpoint, model: Any, tokenizer: Any, bert: dict[str, Any]) -> int:
+def longest_input(checkpoint: Checkpoint, model: Any, tokenizer: Any) -> int:
+    """How many tokens the model, its tokenizer and sentence-transformers' files allow."""
+    bert = _optional_json(checkpoint.path / "sentence_bert_config.json")
     limits = [bert.get("max_seq_length"), getattr(tokenizer, "model_max_length", None)]
     positions = getattr(checkpoint.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:

@@ -14,9 +14,9 @@ from llmx.export.encoder import verify_encoder
 from llmx.export.families import write_decoder, write_encoder, write_seq2seq
 from llmx.export.package import package_folder, write_manifest
 from llmx.export.quality import decoder_quality, read_ids, written_by
-from llmx.export.seq2seq import verify_seq2seq
 from llmx.export.targets import TARGETS, Target, cannot_verify
 from llmx.export.verify import verify
+from llmx.export.verify_seq2seq import verify_seq2seq
 from llmx.export.weights import load_model
 from llmx.export.work import ExportOptions, ExportResult, Reporter, Stages, Work
 from llmx.runtime.backend import open_backend
@@ -134,7 +134,8 @@ def _compared(
         else:
             windows = sorted({t.window for t in manifest.state if t.window is not None})
             by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
-            result = verify(backend, load, manifest.dtype, windows, by_length, reporter.advance)
+            stepwise = "prefill" not in manifest.graphs
+            result = verify(backend, load, manifest.dtype, windows, by_length, reporter.advance, stepwise)
     finally:
         backend.close()
     return replace(manifest, verification=result)

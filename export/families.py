@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from llmx.export.feedback import candidates_graph
 from llmx.export.passes import both_graphs
 from llmx.export.rope import LengthRule, length_rule
 from llmx.export.tokenizer import generation_config, load_tokenizer, write_tokenizer
-from llmx.export.trace import probe_layers, state_names, trace
+from llmx.export.trace import check_lengths, probe_layers, state_names, trace
 from llmx.export.work import Work, context_length, embedding_shape, explain, text_side
 from llmx.runtime.errors import UnsupportedModelError
 from llmx.runtime.manifest import Manifest, ModelInfo, StateTensor, TokenizerInfo
@@ -44,6 +45,7 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
     def make() -> dict[str, ir.Model]:
         kept, hidden = work.target.query_seqlens, work.options.with_hidden_states
         traced = explain(checkpoint, lambda: trace(source.module, layers, kept, rule is not None, hidden))
+        explain(checkpoint, lambda: check_lengths(traced, context))
         work.stages.begin("rewrite")
         prefill, decode = both_graphs(traced, context, work.target)
         graphs = {"prefill": prefill, "decode": decode}
@@ -81,7 +83,7 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
 
 def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
     """With state that is carried from call to call (llmx.export.carried)."""
-    from llmx.export.carried import MIN_PREFILL, carried_graphs, probe_carried
+    from llmx.export.carried import MIN_PREFILL, carried_graphs, longest_state, probe_carried
 
     source = work.plain_source(tokenizer.file)
     work.stages.begin("trace")
@@ -90,11 +92,13 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
     # without a table of positions (recurrences, ALiBi) nothing limits the length
     unlimited = all(table is source.module.get_input_embeddings() for table in tables)
     context = context_length(work.checkpoint, work.options.max_length, 1.0, unlimited)
-    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried, work.options.with_hidden_states))
+    hidden, operators = work.options.with_hidden_states, not work.target.on_device
+    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried, context, hidden, operators))
     if "prefill" not in graphs:
         work.warnings.append(
             "The prompt cannot be traced as a whole (its code loops over it), so it runs token by token."
         )
+    context = work.shortened(longest_state(graphs["decode"], context), context, "sequences")
     vocab = int(graphs["decode"].graph.outputs[0].shape[2])
     layers = len(carried.template.layers)
     return work.manifest(
@@ -113,7 +117,8 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
 
 def write_seq2seq(work: Work) -> Manifest:
     """An encoder-decoder's package but its manifest, which is returned."""
-    from llmx.export.seq2seq import Sources, audio_info, describe_seq2seq, probe_seq2seq, seq2seq_graphs
+    from llmx.export.carried import longest_state
+    from llmx.export.seq2seq import Sources, audio_info, describe_seq2seq, longest_source, probe_seq2seq, seq2seq_graphs
 
     checkpoint = work.checkpoint
     tokenizer, defaults = text_side(work)
@@ -130,6 +135,10 @@ def write_seq2seq(work: Work) -> Manifest:
     graphs, hashed = work.write(
         source, lambda: explain(checkpoint, lambda: seq2seq_graphs(source.module, state, info, sources))
     )
+    if audio is None:
+        longest = explain(checkpoint, lambda: longest_source(graphs, info.max_source_length))
+        info = replace(info, max_source_length=work.shortened(longest, info.max_source_length, "sources"))
+    context = work.shortened(explain(checkpoint, lambda: longest_state(graphs["decode"], context)), context, "outputs")
     vocab = int(graphs["decode"].graph.outputs[0].shape[2])
     layers = len(state.own.template.layers)
     return work.manifest(
@@ -147,7 +156,7 @@ def write_seq2seq(work: Work) -> Manifest:
 
 def write_encoder(work: Work) -> Manifest:
     """An encoder's package but its manifest, which is returned."""
-    from llmx.export.encoder import build_module, describe_encoder, trace_encoder
+    from llmx.export.encoder import build_module, describe_encoder, longest_input, longest_text, trace_encoder
     from llmx.export.passes import encoder_graph
 
     checkpoint = work.checkpoint
@@ -160,12 +169,14 @@ def write_encoder(work: Work) -> Manifest:
     )
 
     def make() -> dict[str, ir.Model]:
-        traced = explain(checkpoint, lambda: trace_encoder(module))
+        traced = explain(checkpoint, lambda: trace_encoder(module, longest_input(checkpoint, source.module, loaded)))
         work.stages.begin("rewrite")
         return {"encoder": encoder_graph(traced)}
 
     graphs, hashed = work.write(source, make)
     info = explain(checkpoint, lambda: describe_encoder(checkpoint, module, graphs["encoder"], loaded))
+    longest = explain(checkpoint, lambda: longest_text(graphs["encoder"], info.max_length))
+    info = replace(info, max_length=work.shortened(longest, info.max_length, "texts"))
     rows, width = embedding_shape(source)
     names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
     layers = next((v for name in names if (v := getattr(checkpoint.config, name, None))), 0)

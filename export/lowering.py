@@ -16,6 +16,7 @@ import contextlib
 import gc
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from llmx.export.lengths import GUARDS
 from llmx.export.shims import replaced, shimmed
 from llmx.runtime.errors import UnsupportedModelError
 from torch import _prims_common
@@ -40,19 +42,21 @@ _NOISY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transf
 
 
 def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ir.Model:
-    """Trace `module(**inputs)` and return its graph, unoptimised; weights are named as in `module.state_dict()`.
+    """Trace `module(**inputs)` and return its graph, unoptimised; weights are named as in `module.state_dict()`. Under
+    which conditions on the inputs' sizes it is right, is in its `meta` (llmx.export.lengths).
 
     Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
     """
     config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
+    guards: list[str] = []
     with (
         quiet(),
-        _fast_decomposition(),
+        _fast_decomposition(guards),
         _fast_promotion(),
         _remembered_contiguity(),
         _no_bookkeeping(),
         _own_dtypes(),
-        shimmed(),
+        shimmed(module),
     ):
         try:
             model, _ = OnnxExporter().export_program(module, inputs, config)
@@ -63,6 +67,7 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
             if deliberate is not None:
                 raise deliberate from None
             raise UnsupportedModelError(f"tracing failed: {_first_line(error)}{_place(error)}") from error
+    model.meta[GUARDS] = [guards]
     return model
 
 
@@ -76,11 +81,29 @@ def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | N
 
 
 def _first_line(error: BaseException) -> str:
-    """The root cause's first line: the exporters wrap it in pages of advice."""
+    """The root cause's first line: the exporters wrap it in pages of advice. What they often say, in plain words."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip().splitlines()
+    for kind, pattern, words in _REASONS:
+        found = re.search(pattern, text[0]) if text and type(error).__name__ == kind else None
+        if found is not None:
+            return words.format(found[1][:100])
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+_REASONS = [  # class of the error, what it says, what that means and what would have to change
+    (
+        "GuardOnDataDependentSymNode",
+        r"expression (.*?) \(unhinted",
+        "its code takes a branch by a value of its input ({}), and a graph has no branches; both sides would have to be computed",
+    ),
+    (
+        "UserError",
+        r"Constraints violated \((.*?)\)!",
+        "its code makes constants of the sizes {}; they would have to stay sizes",
+    ),
+]
 
 
 def _place(error: BaseException) -> str:
@@ -183,10 +206,12 @@ def _fast_promotion() -> AbstractContextManager[None]:
     return replaced(interpreter, "run_node", run_node)
 
 
-def _fast_decomposition() -> AbstractContextManager[None]:
+def _fast_decomposition(guards: list[str]) -> AbstractContextManager[None]:
+    """With `_decompose` in its place; the tracer's guards, in Python, are put into `guards`."""
     original = _fx_passes.decompose_with_registry
 
     def decompose(program: torch.export.ExportedProgram, registry: Any) -> torch.export.ExportedProgram:
+        guards.extend(program._guards_code)
         if not _decompose(program, registry):
             return original(program, registry)
         return program

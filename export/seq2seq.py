@@ -9,10 +9,9 @@ the cross state; the few tokens that a decoder is prompted with go through it on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from llmx.export.carried import (
@@ -25,22 +24,21 @@ from llmx.export.carried import (
     tracing,
 )
 from llmx.export.checkpoint import Checkpoint
-from llmx.export.lowering import _first_line, _place, lower, quiet
+from llmx.export.known import KnownValues
+from llmx.export.lengths import USEFUL, joined, longest_right, shortest_right, wrong_block
+from llmx.export.lowering import _first_line, _place, lower
 from llmx.export.passes import encoder_graph
 from llmx.export.rope import untouched
 from llmx.export.shims import fake_tensors, shimmed
 from llmx.export.tokenizer import generation_config
 from llmx.export.trace import output_head
-from llmx.export.verify import Progress, check_logits, fitting
 from llmx.runtime.errors import CheckpointError, LlmxError, UnsupportedModelError
-from llmx.runtime.manifest import AudioInfo, Seq2SeqInfo, StateTensor, Verification
+from llmx.runtime.manifest import AudioInfo, Seq2SeqInfo, StateTensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 # Lengths of the example sources and outputs: all different, and above 1.
 _SOURCE, _OTHER_SOURCE, _TARGET, _OTHER_TARGET = 11, 13, 7, 9
-_NEW_TOKENS = 16
-_SOURCE_LENGTHS = (5, 23, 64)
 
 
 class Sources:
@@ -111,7 +109,7 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
     output_head(model)
     caches: list[EncoderDecoderCache] = []
     kind, width = BaseModelOutput, 0
-    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(model), KnownValues():
         for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             try:
@@ -149,32 +147,61 @@ def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) 
     return Carried.of(first, tensors, "past_key_values")
 
 
+@dataclass(frozen=True)
+class EncoderTrace:
+    """How the encoder is called: with a mask of ones, which says nothing, but some make their own only from one; with
+    `block`, on the source padded to a multiple of it, `least` or more, as encoders do themselves whose attention works in
+    blocks.
+    """
+
+    masked: bool = False
+    block: int | None = None
+    least: int = 0
+
+
 class EncoderModule(torch.nn.Module):
     """Source tokens [1, source] to the cross state of every decoder layer."""
 
-    def __init__(self, model: torch.nn.Module, state: Seq2SeqState, start: int, masked: bool) -> None:
+    def __init__(self, model: torch.nn.Module, state: Seq2SeqState, start: int, how: EncoderTrace) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.state, self.start, self.masked = state, start, masked
+        self.state, self.start, self.how = state, start, how
 
     def forward(
         self, input_ids: torch.Tensor | None = None, input_features: torch.Tensor | None = None
     ) -> dict[str, Any]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        source = {"input_ids": input_ids} if input_features is None else {"input_features": input_features}
-        mask = {"attention_mask": torch.ones_like(input_ids)} if self.masked and input_ids is not None else {}
-        encoded = self.model.get_encoder()(**source, **mask, return_dict=True)  # as `generate` does
-        token = torch.full((1, 1), self.start)
-        self.model(
-            encoder_outputs=encoded,
-            decoder_input_ids=token,
-            past_key_values=cache,
-            use_cache=True,
-            **mask,
-            return_dict=True,
-        )
+        with KnownValues():
+            encoded, mask = self._encode(input_ids, input_features)
+            self.model(
+                encoder_outputs=encoded,
+                decoder_input_ids=torch.full((1, 1), self.start),
+                past_key_values=cache,
+                use_cache=True,
+                **mask,
+                return_dict=True,
+            )
         layers = cache.cross_attention_cache.layers
         return {"present": [tensor.read(layers[tensor.layer]) for tensor in self.state.cross.tensors]}
+
+    def _encode(
+        self, input_ids: torch.Tensor | None, input_features: torch.Tensor | None
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The encoder's output, by itself as `generate` runs it, and the mask that the decoder is given."""
+        encoder: Any = self.model.get_encoder()
+        if input_ids is None:
+            return encoder(input_features=input_features, return_dict=True), {}
+        mask = {"attention_mask": torch.ones_like(input_ids)} if self.how.masked else {}
+        if self.how.block is None:
+            return encoder(input_ids=input_ids, **mask, return_dict=True), mask
+        length = input_ids.shape[1]
+        padded = torch.sym_max(length + -length % self.how.block, self.how.least)
+        filler = input_ids.new_full((1, self.how.least), self.config.pad_token_id or 0)
+        ids = torch.cat([input_ids, filler], dim=1)[:, :padded]
+        words = (torch.arange(padded) < length).long()[None]
+        encoded = encoder(input_ids=ids, attention_mask=words, return_dict=True)
+        encoded.last_hidden_state = encoded.last_hidden_state[:, :length]
+        return encoded, mask
 
 
 class DecodeModule(torch.nn.Module):
@@ -202,25 +229,7 @@ class DecodeModule(torch.nn.Module):
 
 def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: Sources) -> dict[str, ir.Model]:
     """The graphs `encoder` and `decode`. Raises UnsupportedModelError."""
-    start = info.decoder_prompt[0]
-
-    def lower_encoder(length: int, masked: bool) -> ir.Model:
-        module = EncoderModule(model, state, start, masked)
-        with untouched(model), tracing():
-            return lower(module, sources.example(length, model.dtype), {sources.name: sources.dynamic or None})
-
-    masked = False  # a mask of ones says nothing, but some encoders make their own only from one
-    try:
-        encoder = lower_encoder(_SOURCE, masked)
-    except UnsupportedModelError:
-        if sources.audio is not None:
-            raise
-        masked = True
-        encoder = lower_encoder(_SOURCE, masked)
-    if sources.audio is None:
-        other = lower_encoder(min(2 * longest_block(model.config) + 5, info.max_source_length), masked)
-        if [node.op_type for node in encoder.graph] != [node.op_type for node in other.graph]:
-            raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
+    encoder = _lower_encoder(model, state, info, sources)
     by_name = {f"present.{index}": tensor for index, tensor in enumerate(state.cross.tensors)}
     graph_state_names(encoder.graph, by_name, {"input_ids": "seq"})
     decode = _lower_decode(model, state)
@@ -233,6 +242,53 @@ def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: 
     graphs = {"encoder": encoder_graph(encoder), "decode": encoder_graph(decode)}
     separate_names(graphs)
     return graphs
+
+
+def _lower_encoder(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: Sources) -> ir.Model:
+    def lowered(length: int, how: EncoderTrace) -> ir.Model:
+        module = EncoderModule(model, state, info.decoder_prompt[0], how)
+        with untouched(model), tracing():
+            return lower(module, sources.example(length, model.dtype), {sources.name: sources.dynamic or None})
+
+    how = EncoderTrace()
+    try:
+        encoder = lowered(_SOURCE, how)
+    except UnsupportedModelError:
+        if sources.audio is not None:
+            raise
+        how = EncoderTrace(masked=True)
+        encoder = lowered(_SOURCE, how)
+    if sources.audio is not None:
+        return encoder
+    longest = info.max_source_length
+    try:
+        other = lowered(min(2 * longest_block(model.config) + 5, longest), how)
+    except UnsupportedModelError:
+        return encoder  # which `longest_source` limits to the lengths it is right for
+    same = joined(other, encoder)
+    block = None if same and longest_right(other, 2, longest) == longest else wrong_block(other, longest)
+    if same and block is None:
+        return other
+    if block is None:
+        raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
+    # it pads by itself, but for sources that need no padding; few blocks take ways of their own
+    how, many = replace(how, block=block, least=block), min(5 * block + 5, longest)
+    first = shortest_right(lowered(many, how), longest)
+    return lowered(many, replace(how, least=block * -(-first // block)))
+
+
+def longest_source(graphs: dict[str, ir.Model], longest: int) -> int:
+    """The longest source, up to `longest`, that both graphs are right for. Raises UnsupportedModelError where that is too
+    short to be of use.
+    """
+    found = longest_right(graphs["encoder"], 2, longest)
+    found = longest_right(graphs["decode"], 2, found, lambda name, _: None if name == "cross" else _SOURCE)
+    if found < min(longest, USEFUL):
+        raise UnsupportedModelError(
+            f"its code takes another way for sources of {found + 1} tokens than for those of {_SOURCE}, and a graph has no "
+            "branches"
+        )
+    return found
 
 
 def _lower_decode(model: Any, state: Seq2SeqState) -> ir.Model:
@@ -282,94 +338,3 @@ def describe_seq2seq(
         forced_eos_token_id=int(end[0] if isinstance(end, list) else end) if end is not None else None,
         audio=audio,
     )
-
-
-def greedy(
-    model: Any, source: torch.Tensor, prompt: list[int], new_tokens: int, info: Seq2SeqInfo | None = None
-) -> torch.Tensor:
-    """transformers' greedy `generate` for exactly `new_tokens` tokens after the decoder's `prompt`: [1, all tokens]. With
-    `info`, tokens are suppressed as it says.
-    """
-    from transformers import GenerationConfig
-
-    suppressed = {} if info is None else _suppressed(info)
-    settings = GenerationConfig(
-        **suppressed,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        pad_token_id=0,
-        decoder_start_token_id=prompt[0],
-    )
-    with torch.no_grad(), quiet():
-        original, model.generation_config = model.generation_config, settings
-        try:
-            tokens: torch.Tensor = model.generate(
-                source,
-                attention_mask=torch.ones_like(source),
-                decoder_input_ids=torch.tensor([prompt]),
-                generation_config=settings,
-            )
-        finally:
-            model.generation_config = original
-    return tokens
-
-
-def _suppressed(info: Seq2SeqInfo) -> dict[str, list[int]]:
-    return {
-        name: tokens
-        for name in ("suppress_tokens", "begin_suppress_tokens")
-        if (tokens := getattr(info, name))  # an empty list is an error to transformers
-    }
-
-
-def speech_greedy(
-    model: Any, features: torch.Tensor, prompt: list[int], new_tokens: int, info: Seq2SeqInfo
-) -> torch.Tensor:
-    """Greedy tokens after `prompt` for float32 [1, mels, frames], suppressed as `info` says: [1, all tokens]. Without
-    Whisper's own `generate`, which cuts sound and prompts itself.
-    """
-    with torch.no_grad():
-        encoded, ids = model.get_encoder()(features), torch.tensor([prompt])
-        for step in range(new_tokens):
-            logits = model(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits[0, -1].float()
-            logits[info.suppress_tokens + (info.begin_suppress_tokens if step == 0 else [])] = -torch.inf
-            ids = torch.cat([ids, logits.argmax().reshape(1, 1)], dim=1)
-    return ids
-
-
-def verify_seq2seq(
-    backend: Any, load: Callable[[], Any], info: Seq2SeqInfo, dtype: str, progress: Progress
-) -> Verification:
-    """Compare the package with PyTorch on sources of several lengths, teacher-forced along PyTorch's greedy path.
-
-    Raises VerificationError as `llmx.export.verify.verify`.
-    """
-    model = load()
-    worst, positions, tolerance = 0.0, 0, 0.0
-    lengths = [min(length, info.max_source_length) for length in _SOURCE_LENGTHS]
-    for row, length in enumerate(lengths):
-        random = torch.Generator().manual_seed(row)
-        steps = min(_NEW_TOKENS, backend.max_length - 3)
-        if info.audio is None:
-            source = torch.randint(0, info.source_vocab_size, (1, length), generator=random)
-            tokens = greedy(model, source, info.decoder_prompt, steps)
-            arguments = {"input_ids": source, "attention_mask": torch.ones_like(source)}
-        else:
-            source = torch.randn(
-                Sources(info.audio).example(0, torch.float32)["input_features"].shape, generator=random
-            )
-            arguments = {"input_features": source}
-            tokens = torch.randint(0, backend.vocab_size, (1, steps), generator=random)
-        with torch.no_grad(), fitting(model, dtype):
-            output = model(**arguments, decoder_input_ids=tokens, use_cache=False)
-        want, path = output.logits[0].float().numpy(), tokens[0].numpy()
-        backend.encode(row, source[0].numpy())
-        got = backend.prefill(row, path, 0, np.arange(len(path)))
-        difference, allowed = check_logits(got, want, dtype, f"source of {length} tokens, position", 0)
-        if difference >= worst:
-            worst, tolerance = difference, allowed
-        positions += len(path)
-        progress(row + 1, len(lengths))
-    return Verification("passed", max_abs_diff=worst, tolerance=tolerance, positions=positions)

@@ -33,12 +33,41 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def shimmed() -> Iterator[None]:
-    """All of this module's stand-ins."""
+def shimmed(model: torch.nn.Module) -> Iterator[None]:
+    """All of this module's stand-ins, while `model` is probed or traced."""
+    sources = {type(module).__module__ for module in model.modules()}
     with ExitStack() as stack:
         for owner, name, make in _SHIMS:
             stack.enter_context(replaced(owner, name, make(getattr(owner, name))))
+        for source in sources:
+            if not source.startswith(("torch.", "llmx.", "builtins")) and source in sys.modules:
+                stack.enter_context(_symbolic_int(vars(sys.modules[source])))
         yield
+
+
+class _IntType(type(int)):  # type: ignore[misc]
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, int)
+
+    def __call__(cls, *args: Any) -> Any:
+        return args[0] if len(args) == 1 and isinstance(args[0], torch.SymInt) else int(*args)
+
+
+class _Int(metaclass=_IntType):
+    """`int` for a model's source: of a size that the tracer keeps symbolic, the size itself, and not the example's."""
+
+
+@contextmanager
+def _symbolic_int(names: dict[str, Any]) -> Iterator[None]:
+    """`int` is `_Int` among a module's global names meanwhile."""
+    if "int" in names:
+        yield
+        return
+    names["int"] = _Int
+    try:
+        yield
+    finally:
+        del names["int"]
 
 
 class EveryIndex:
@@ -64,6 +93,19 @@ class _Index(list[int]):
 
     def item(self) -> int:
         return self[0]
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Row(super().__getitem__(key))
+
+
+class _Row(int):
+    """The number of an expert. Where masks count one expert more than there are (a place for "none"), nobody chooses the
+    last, for which eager PyTorch would fail: any row serves.
+    """
+
+    def within(self, tensor: torch.Tensor) -> int:
+        size = tensor.shape[0] if tensor.ndim else 0
+        return 0 if type(size) is int and self >= size else int(self)
 
 
 def _nonzero(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,6 +150,8 @@ def _getitem(original: Callable[..., Any]) -> Callable[..., Any]:
     """Complex tensors by their parts: ONNX has no complex Unsqueeze."""
 
     def getitem(self: torch.Tensor, index: Any) -> torch.Tensor:
+        if isinstance(index, _Row):
+            index = index.within(self)
         if self.is_complex():
             return torch.complex(original(self.real, index), original(self.imag, index))
         item: torch.Tensor = original(self, index)
@@ -130,6 +174,18 @@ def _squeeze(original: Callable[..., Any]) -> Callable[..., Any]:
     return squeeze
 
 
+def _div(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The quotient of two sizes is a size; as a tensor, its value would be unknown where it is used as a size again."""
+
+    def div(input: Any, other: Any, *, rounding_mode: str | None = None, out: Any = None) -> Any:
+        sizes = isinstance(input, torch.SymInt) and isinstance(other, (int, torch.SymInt))
+        if sizes and rounding_mode in ("trunc", "floor") and out is None:
+            return input // other  # sizes are positive: truncated and floored are one
+        return original(input, other, rounding_mode=rounding_mode, out=out)
+
+    return div
+
+
 def _module_to(original: Callable[..., Any]) -> Callable[..., Any]:
     """Routers convert their own weights in each call, to what they are: nothing to trace."""
 
@@ -145,6 +201,7 @@ _SHIMS: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]
     (torch.Tensor, "nonzero", _nonzero),
     (torch, "where", _where),
     (torch.Tensor, "squeeze", _squeeze),
+    (torch, "div", _div),
     (torch.nn.Module, "to", _module_to),
     (symbolic_shapes, "_constrain_range_for_size", _constrain),
     (torch.Tensor, "__getitem__", _getitem),

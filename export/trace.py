@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from llmx.export import attention
 from llmx.export.attention import LayerState, Recorder, StepInputs, recording
+from llmx.export.lengths import longest_right
 from llmx.export.lowering import lower
 from llmx.export.rope import by_length, untouched
 from llmx.export.shims import fake_tensors, shimmed
@@ -122,7 +123,7 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
         untouched(model),
         by_length(model, None),
         fake_tensors(),
-        shimmed(),
+        shimmed(model),
         recording(recorder) as cache,
     ):
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.long)
@@ -182,6 +183,19 @@ def trace(
         )
     _name_inputs_and_outputs(graph_model.graph, layers)
     return graph_model
+
+
+def check_lengths(traced: ir.Model, context: int) -> None:
+    """Raises UnsupportedModelError where the graph is not right for chunks of some length up to the context."""
+
+    def size(name: str, axis: int) -> int | None:
+        return _BATCH if axis == 0 else _ASKED if name == "logits_positions" else None
+
+    found = longest_right(traced, 2, context, size)
+    if found < context:
+        raise UnsupportedModelError(
+            f"its code takes another way for {found + 1} tokens than for {_SEQ}, and a graph has no branches"
+        )
 
 
 _SHAPES: dict[str, list[str]] = {

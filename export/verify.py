@@ -51,9 +51,10 @@ def verify(
     windows: list[int],
     by_length: bool,
     progress: Progress,
+    stepwise: bool = False,
 ) -> Verification:
     """Compare `backend`'s package with PyTorch's model, that `load` returns in float32 with its weights rounded to `dtype`.
-    `by_length`: its rotary factors depend on the length.
+    `by_length`: its rotary factors depend on the length. `stepwise`: the package takes prompts token by token.
 
     Raises VerificationError at the first position where logits differ by more than the tolerance, or where the best
     tokens differ though PyTorch's two best lie further apart than twice the tolerance.
@@ -70,10 +71,15 @@ def verify(
     beyond = _beginning_of_a_long_prompt(model, 2 * rule.edge, backend.max_length) if rule else None
     del model
     worst, positions, tolerance = 0.0, 0, 0.0
-    comparisons = [_compare_prefill(backend, 0, beyond, dtype)] if beyond else []
-    comparisons += [_compare_prefill(backend, row, path, dtype) for row, path in enumerate(paths)]
-    progress(2 * len(lengths) - 1, 2 * len(lengths))
-    comparisons.append(_compare_decode(backend, paths, dtype))
+    try:
+        comparisons = [_compare_prefill(backend, 0, beyond, dtype)] if beyond else []
+        comparisons += [_compare_prefill(backend, row, path, dtype) for row, path in enumerate(paths)]
+        progress(2 * len(lengths) - 1, 2 * len(lengths))
+        comparisons.append(_compare_decode(backend, paths, dtype))
+    except VerificationError:
+        if stepwise:
+            _check_steps(load(), paths)
+        raise
     progress(2 * len(lengths), 2 * len(lengths))
     for difference, count, allowed in comparisons:
         if difference >= worst:
@@ -129,18 +135,16 @@ def reference_path(
 ) -> ReferencePath:
     """A random prompt of `length` tokens, continued greedily by PyTorch, with the logits of every position.
 
-    `stepwise`: what the cache holds depends on the length at which it was written, so that no single call computes the
-    same, and the logits are those of the steps themselves.
+    They are what `generate` computes: of a pass over the prompt, then of each step with its cache. `stepwise`: what the cache
+    holds depends on the length at which it was written, so that a pass over all of it computes something else.
     """
     prompt = _random_prompt(model, length, seed)
-    if stepwise:
-        tokens, steps = _greedy_steps(model, prompt, new_tokens + 1)
-        tokens = tokens[:, :-1]
-        logits = np.concatenate([_logits(model, prompt), steps[1:]])
-    else:
-        tokens = greedy(model, prompt, new_tokens)
-        logits = _logits(model, tokens)
-        _check_reference(tokens[0].numpy(), logits, length)
+    tokens, steps = _greedy_steps(model, prompt, new_tokens + 1)
+    tokens = tokens[:, :-1]
+    whole = _logits(model, prompt if stepwise else tokens)
+    if not stepwise:
+        _check_reference(tokens[0].numpy(), whole, length)
+    logits = np.concatenate([whole[:length], steps[1:]])
     return ReferencePath(length, tokens[0].numpy(), logits, length)
 
 
@@ -182,6 +186,33 @@ def _check_reference(tokens: np.ndarray, logits: np.ndarray, length: int) -> Non
                 f"PyTorch disagrees with itself at position {position}: with its cache it chooses token {tokens[position]}, "
                 f"without {int(row.argmax())} (by {lead:.3g}); report it to transformers."
             )
+
+
+def _check_steps(model: Any, paths: list[ReferencePath]) -> None:
+    """Raises VerificationError where PyTorch's own single steps over a prompt differ from its pass over the whole."""
+    for path in paths:
+        steps = _stepwise_logits(model, torch.from_numpy(path.tokens)[None])
+        difference = float(np.abs(steps - path.logits).max())
+        allowed = TOLERANCE["float32"] * max(1.0, float(np.abs(path.logits).max()))
+        if not difference <= allowed:
+            raise VerificationError(
+                f"PyTorch disagrees with itself: its steps over {len(path.tokens)} single tokens, which are all that can be "
+                f"traced of this model, give logits that differ by {difference:.3g} (tolerance {allowed:.3g}) from its pass "
+                "over all of them at once, so no package can equal both; report it to transformers."
+            )
+
+
+def _stepwise_logits(model: Any, tokens: torch.Tensor) -> np.ndarray:
+    """float32 [n, vocab] after each of int64 [1, n] `tokens`, given to PyTorch's model one by one with a cache."""
+    from llmx.export.carried import cache_argument, call_with_cache, new_cache
+
+    cache, argument, rows = new_cache(model.config), cache_argument(model), []
+    assert argument is not None
+    with torch.no_grad(), untouched(model):
+        for at in range(tokens.shape[1]):
+            logits = call_with_cache(model, argument, tokens[:, at : at + 1], torch.tensor([[at]]), cache)
+            rows.append(logits[0, -1].float().numpy())
+    return np.array(rows)
 
 
 def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:

@@ -132,6 +132,15 @@ class Work:
             module.set_attn_implementation("eager")
         return source
 
+    def shortened(self, found: int, wanted: int, what: str) -> int:
+        """`found`, the length that the graphs are right for, with a warning where it is less than the model's."""
+        if found < wanted:
+            self.warnings.append(
+                f"The model's code takes another way for {what} of more than {found} tokens, and a graph has no branches; the "
+                f"package takes {found}, not {wanted}."
+            )
+        return found
+
     def write(
         self, source: SourceModel, make: Callable[[], dict[str, ir.Model]]
     ) -> tuple[dict[str, ir.Model], dict[str, FileInfo]]:

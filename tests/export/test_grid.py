@@ -12,15 +12,16 @@ import pytest
 from llmx.export import ExportOptions, export_model
 from llmx.export.package import hash_files, write_manifest
 from llmx.export.rope import length_rule
-from llmx.export.verify import reference_path
+from llmx.export.verify import TOLERANCE, reference_path
 from llmx.runtime import LLM, load_manifest
 from llmx.runtime.backend import recompute
 from llmx.runtime.manifest import MANIFEST_FILE
 from zoo.grid import CI, CI_16, GRID, make_grid_model
 from zoo.models import save_checkpoint
 
-#: Largest difference of logits: absolute in fp32; in 16 bits as a part of the largest logit.
-FP32, FP16, BF16 = 1e-4, 1e-2, 1e-2
+#: Largest difference of logits: absolute in fp32; in 16 bits as a part of the largest logit. `ROUNDED`: with every
+#: operator's result rounded to bfloat16, the tolerance that llmx states for such packages (verify.TOLERANCE).
+FP32, FP16, BF16, ROUNDED = 1e-4, 1e-2, 1e-2, TOLERANCE["bfloat16"]
 LENGTHS = (7, 61, 23)
 NEW_TOKENS = 12
 
@@ -80,13 +81,37 @@ def test_fp16(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES_16)
 def test_bf16(name: str, tmp_path: Path) -> None:
-    """The CPU provider has no bfloat16 kernels. The graph with its rounded weights and constants is compared, computed in
-    float32; how a bfloat16 computation rounds is not.
+    """The CPU provider has bfloat16 kernels for few operators. The graph with its rounded weights and constants is compared,
+    computed in float32, and again with what each operator returns rounded to bfloat16, as its kernel would round it.
     """
     model = make_grid_model(name)
     folder = in_float32(export_of(model, tmp_path, "bf16"))
-    worst, scale = largest_difference(folder, model.bfloat16().float())
+    reference = model.bfloat16().float()
+    worst, scale = largest_difference(folder, reference)
     assert worst <= BF16 * max(1.0, scale)
+    rounded, _ = largest_difference(with_rounded_results(folder), reference)
+    assert worst < rounded <= ROUNDED * max(1.0, scale)
+
+
+def with_rounded_results(folder: Path) -> Path:
+    """The package of `in_float32` with casts to bfloat16 and back after every float32 result but the logits, in place."""
+    manifest = load_manifest(folder)
+    for graph in manifest.graphs.values():
+        model = ir.load(folder / graph.file)
+        outputs = set(model.graph.outputs)
+        for node in list(model.graph):
+            for value in node.outputs:
+                if value.dtype != ir.DataType.FLOAT or value in outputs or not value.uses():
+                    continue
+                down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)})
+                up = ir.node("Cast", [down.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+                for user, index in list(value.uses()):
+                    if user is not down:
+                        user.replace_input_with(index, up.outputs[0])
+                model.graph.insert_after(node, [down, up])
+        ir.save(model, folder / graph.file)
+    write_manifest(folder, replace(manifest, files=hash_files(folder, {})))
+    return folder
 
 
 def in_float32(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from llmx.export import ExportOptions, export_model
-from llmx.export.seq2seq import greedy
+from llmx.export.verify_seq2seq import greedy
 from llmx.runtime import LLM, ContextLengthError, FamilyError, RequestError, SamplingParams, load_manifest
 from llmx.runtime.errors import UnsupportedModelError
 from zoo.models import SEQ2SEQ, VOCAB, make_seq2seq, save_checkpoint

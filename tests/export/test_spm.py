@@ -63,7 +63,7 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
 
 def test_texts_and_translations_equal_transformers(marian: tuple[Any, Any, Path]) -> None:
     model, tokenizer, package = marian
-    from llmx.export.seq2seq import greedy
+    from llmx.export.verify_seq2seq import greedy
 
     with LLM(package) as llm:
         assert llm.manifest.tokenizer.kind == "sentencepiece"

@@ -196,7 +196,8 @@ _BART = {
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
 
-#: Encoder-decoders: relative positions and no scaling, learned positions, sinusoids, positions counted by the padding.
+#: Encoder-decoders: relative positions and no scaling, learned positions, sinusoids, positions counted by the padding;
+#: attention in blocks of the source (whose multiples are sources, too), a decoder of several streams.
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     "t5": {
         "vocab_size": VOCAB, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 3,
@@ -205,6 +206,13 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "bart": _BART,
     "marian": _BART,
     "m2m_100": _BART,
+    "led": {**_BART, "attention_window": 8, "max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128},
+    "prophetnet": {
+        "vocab_size": VOCAB, "hidden_size": 48, "encoder_ffn_dim": 96, "num_encoder_layers": 2,
+        "num_encoder_attention_heads": 4, "decoder_ffn_dim": 96, "num_decoder_layers": 3, "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 128, "ngram": 2, "num_buckets": 8, "relative_max_distance": 24, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2,
+    },
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ RULES: dict[str, Any] = {
     **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k"], 2),
     **dict.fromkeys(["n_group", "topk_group", "num_expert_group", "n_shared_experts", "moe_num_shared_experts"], 1),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx"], 512),
-    **dict.fromkeys(["sliding_window", "attention_window_size", "attention_chunk_size", "local_attention", "window_size"], 24),
+    **dict.fromkeys(["sliding_window", "attention_window", "attention_window_size", "attention_chunk_size", "local_attention", "window_size"], 24),
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "qk_head_dim": 32,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0,
     "hidden_size_per_layer_input": 16, "lru_width": 64, "state_size": 8, "ssm_state_size": 8, "mamba_d_state": 8, "index_topk": 512,

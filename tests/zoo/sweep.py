@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def seq2seq_types() -> list[str]:
 def examine_seq2seq(model_type: str, folder: Path) -> dict[str, Any]:
     """As `examine`: three ragged sources, alone and in one batch."""
     import torch
-    from llmx.export.seq2seq import greedy
+    from llmx.export.verify_seq2seq import greedy
     from transformers import AutoModelForSeq2SeqLM
 
     from zoo.models import widen
@@ -93,7 +94,7 @@ def examine_seq2seq(model_type: str, folder: Path) -> dict[str, Any]:
 def _export(model: Any, folder: Path, task: str) -> tuple[dict[str, Any], Any]:
     """(what is known of `model`, its ExportResult), or with the refusal and None."""
     from llmx.export import ExportOptions, export_model
-    from llmx.runtime.errors import LlmxError, VerificationError
+    from llmx.runtime.errors import ExportError, LlmxError, VerificationError
 
     from zoo.models import save_checkpoint
 
@@ -102,8 +103,14 @@ def _export(model: Any, folder: Path, task: str) -> tuple[dict[str, Any], Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     save_checkpoint(model, folder / "checkpoint")
+    options = ExportOptions(str(folder / "checkpoint"), folder / "package", task=task)
     try:
-        return entry, export_model(ExportOptions(str(folder / "checkpoint"), folder / "package", task=task))
+        try:
+            return entry, export_model(options)
+        except ExportError as error:
+            if "give --max-length" not in str(error):
+                raise
+            return entry, export_model(replace(options, max_length=512))
     except VerificationError as error:
         reason, result = f"verification: {_line(error)}", "refused"
     except LlmxError as error:
@@ -198,7 +205,7 @@ def _line(error: BaseException) -> str:
         .replace("<", "‹")
         .replace(">", "›")
     )
-    return (text or type(error).__name__)[:260]
+    return (text or type(error).__name__)[:420]
 
 
 def _child(model_type: str) -> None:
