@@ -174,7 +174,7 @@ def probe_carried(model: torch.nn.Module) -> Carried:
             "its rotary factors depend on the sequence's length, which carried state has no input for"
         )
     caches = []
-    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(model):
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed():
         for length in (_SEQ, _OTHER_SEQ):
             cache = new_cache(model.config)
             try:

@@ -25,7 +25,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from llmx.export.lengths import GUARDS
-from llmx.export.shims import replaced, shimmed
+from llmx.export.shims import replaced, shimmed, symbolic_int
 from llmx.runtime.errors import UnsupportedModelError
 from torch import _prims_common
 from torch.fx import config as fx_config
@@ -47,6 +47,18 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
 
     Raises UnsupportedModelError, naming the operator or the place in the source, when tracing or lowering fails.
     """
+    try:
+        return _lower(module, inputs, dynamic_shapes)
+    except _ConstantSizeError:
+        with symbolic_int(module):
+            return _lower(module, inputs, dynamic_shapes)
+
+
+class _ConstantSizeError(UnsupportedModelError):
+    """The model's code makes a constant of a size."""
+
+
+def _lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ir.Model:
     config = OnnxConfig(dynamic_shapes=dynamic_shapes, optimize=False, opset_version=OPSET)
     guards: list[str] = []
     with (
@@ -56,7 +68,7 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
         _remembered_contiguity(),
         _no_bookkeeping(),
         _own_dtypes(),
-        shimmed(module),
+        shimmed(),
     ):
         try:
             model, _ = OnnxExporter().export_program(module, inputs, config)
@@ -66,7 +78,9 @@ def lower(module: torch.nn.Module, inputs: dict[str, Any], dynamic_shapes: dict[
             deliberate = _cause(error, UnsupportedModelError)
             if deliberate is not None:
                 raise deliberate from None
-            raise UnsupportedModelError(f"tracing failed: {_first_line(error)}{_place(error)}") from error
+            line = _first_line(error)
+            kind = _ConstantSizeError if line.startswith(_CONSTANT_SIZES) else UnsupportedModelError
+            raise kind(f"tracing failed: {line}{_place(error)}") from error
     model.meta[GUARDS] = [guards]
     return model
 
@@ -92,6 +106,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
+_CONSTANT_SIZES = "its code makes constants of the sizes"
 _REASONS = [  # class of the error, what it says, what that means and what would have to change
     (
         "GuardOnDataDependentSymNode",
@@ -101,7 +116,7 @@ _REASONS = [  # class of the error, what it says, what that means and what would
     (
         "UserError",
         r"Constraints violated \((.*?)\)!",
-        "its code makes constants of the sizes {}; they would have to stay sizes",
+        _CONSTANT_SIZES + " {}; they would have to stay sizes",
     ),
 ]
 

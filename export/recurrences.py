@@ -27,11 +27,12 @@ Tensor = torch.Tensor
 def recurrences_as_operators(model: torch.nn.Module) -> Iterator[None]:
     """While `model` is traced, the kernels' stand-ins in its source are LinearAttention nodes."""
     with ExitStack() as stack:
-        for source in {type(module).__module__ for module in model.modules()}:
-            for name, function in list(vars(sys.modules.get(source)).items()) if source in sys.modules else ():
+        for name in {type(module).__module__ for module in model.modules()} & set(sys.modules):
+            source = sys.modules[name]
+            for function_name, function in list(vars(source).items()):
                 made = _KERNELS.get(_kernel(function))
                 if made is not None:
-                    stack.enter_context(replaced(sys.modules[source], name, made))
+                    stack.enter_context(replaced(source, function_name, made))
         yield
 
 

@@ -109,7 +109,7 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
     output_head(model)
     caches: list[EncoderDecoderCache] = []
     kind, width = BaseModelOutput, 0
-    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(model), KnownValues():
+    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(), KnownValues():
         for source, target in ((_SOURCE, _TARGET), (_OTHER_SOURCE, _OTHER_TARGET)):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             try:

@@ -33,19 +33,33 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def shimmed(model: torch.nn.Module) -> Iterator[None]:
-    """All of this module's stand-ins, while `model` is probed or traced."""
-    sources = {type(module).__module__ for module in model.modules()}
+def shimmed() -> Iterator[None]:
+    """All of this module's stand-ins for tensor methods."""
     with ExitStack() as stack:
         for owner, name, make in _SHIMS:
             stack.enter_context(replaced(owner, name, make(getattr(owner, name))))
-        for source in sources:
-            if not source.startswith(("torch.", "llmx.", "builtins")) and source in sys.modules:
-                stack.enter_context(_symbolic_int(vars(sys.modules[source])))
         yield
 
 
-class _IntType(type(int)):  # type: ignore[misc]
+@contextmanager
+def symbolic_int(model: torch.nn.Module) -> Iterator[None]:
+    """`int` in the source of `model` leaves a size that the tracer keeps symbolic as it is, where Python's own makes a
+    constant of it.
+    """
+    touched = []
+    for source in {type(module).__module__ for module in model.modules()} & set(sys.modules):
+        names = vars(sys.modules[source])
+        if not source.startswith(("torch.", "llmx.", "builtins")) and "int" not in names:
+            names["int"] = _Int
+            touched.append(names)
+    try:
+        yield
+    finally:
+        for names in touched:
+            del names["int"]
+
+
+class _IntType(type):
     def __instancecheck__(cls, value: Any) -> bool:
         return isinstance(value, int)
 
@@ -54,20 +68,7 @@ class _IntType(type(int)):  # type: ignore[misc]
 
 
 class _Int(metaclass=_IntType):
-    """`int` for a model's source: of a size that the tracer keeps symbolic, the size itself, and not the example's."""
-
-
-@contextmanager
-def _symbolic_int(names: dict[str, Any]) -> Iterator[None]:
-    """`int` is `_Int` among a module's global names meanwhile."""
-    if "int" in names:
-        yield
-        return
-    names["int"] = _Int
-    try:
-        yield
-    finally:
-        del names["int"]
+    """What stands for `int`."""
 
 
 class EveryIndex:

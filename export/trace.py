@@ -123,7 +123,7 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
         untouched(model),
         by_length(model, None),
         fake_tensors(),
-        shimmed(model),
+        shimmed(),
         recording(recorder) as cache,
     ):
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.long)
