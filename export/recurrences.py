@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from llmx.export.shims import replaced
-
-Tensor = torch.Tensor
+from torch import Tensor
 
 
 @contextmanager
