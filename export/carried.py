@@ -6,8 +6,7 @@ outputs, and the next call's inputs. Which tensors those are is found by running
 tensors: a tensor whose size follows the length has the layout `grow`, any other `replace`.
 
 Two graphs of batch 1: `prefill` takes a whole prompt and no state; `decode` takes one token and the state. Where the
-prefill cannot be traced (its Python loops over the prompt), the package has `decode` alone, and prompts go through it
-token by token, which is the same.
+prefill cannot be traced (its Python loops over the prompt), prompts go through `decode` token by token.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from llmx.export.lengths import USEFUL, joined, longest_right
+from llmx.export.lengths import USEFUL, joined, longest_right, shortest_right
 from llmx.export.lowering import _first_line, _place, lower
 from llmx.export.packed import is_parameter
 from llmx.export.passes import encoder_graph
@@ -41,10 +40,6 @@ from transformers.cache_utils import (
 
 # Lengths of the example prompts: different, above 1, and no size that a model is likely to have.
 _SEQ, _OTHER_SEQ = 11, 13
-
-#: A traced prefill has taken the branches of the example's length: "is the prompt shorter than the convolution?" was
-#: answered once. Shorter prompts go through the decode graph; for longer ones `_trace_prefill` compares two traces.
-MIN_PREFILL = _SEQ
 
 
 @dataclass(frozen=True)
@@ -193,7 +188,7 @@ def probe_carried(model: torch.nn.Module) -> Carried:
     ]
     if not tensors:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps nothing in the cache that it is given; its state would have to be there"
+            f"{type(model).__name__} keeps nothing in the cache that it is given, as it would have to"
         )
     return Carried.of(caches[0], tensors, argument)
 
@@ -325,12 +320,9 @@ def _trace_prefill(model: torch.nn.Module, carried: Carried, context: int, hidde
     graph is right for the example's number of blocks alone. Traced with another, it is another graph.
     """
 
-    def size(name: str, _: int) -> int | None:
-        return 2 if name == "logits_positions" else None
-
     try:
         graph = _lower_prefill(model, carried, _SEQ, hidden)
-        short = longest_right(graph, MIN_PREFILL, context, size) < context
+        short = longest_right(graph, _SEQ, context, _size) < context
         if short or any(tensor.grows is None for tensor in carried.tensors):
             other = _lower_prefill(model, carried, min(2 * longest_block(model.config) + 5, context), hidden)
             if not joined(other, graph):
@@ -338,10 +330,19 @@ def _trace_prefill(model: torch.nn.Module, carried: Carried, context: int, hidde
             graph = other  # whose sizes are less often 1 by chance
     except UnsupportedModelError:
         return None
-    if longest_right(graph, MIN_PREFILL, context, size) < context:
+    if longest_right(graph, _SEQ, context, _size) < context:
         return None
     _name(graph.graph, carried, {"input_ids": "seq", "position_ids": "seq", "logits_positions": "asked"}, "asked")
     return encoder_graph(graph)
+
+
+def _size(name: str, _: int) -> int | None:
+    return 2 if name == "logits_positions" else None
+
+
+def shortest_prompt(graphs: dict[str, ir.Model], context: int) -> int:
+    """From how many tokens on the prefill graph is right; shorter prompts go through the decode graph."""
+    return shortest_right(graphs["prefill"], context, _size) if "prefill" in graphs else 1
 
 
 def _lower_prefill(model: torch.nn.Module, carried: Carried, length: int, hidden: bool) -> ir.Model:

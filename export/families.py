@@ -83,7 +83,7 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
 
 def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
     """With state that is carried from call to call (llmx.export.carried)."""
-    from llmx.export.carried import MIN_PREFILL, carried_graphs, longest_state, probe_carried
+    from llmx.export.carried import carried_graphs, longest_state, probe_carried, shortest_prompt
 
     source = work.plain_source(tokenizer.file)
     work.stages.begin("trace")
@@ -107,7 +107,12 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
         hashed,
         family="decoder",
         model=ModelInfo(
-            context, vocab, embedding_shape(source)[1], layers, source.num_parameters, min_prefill=MIN_PREFILL
+            context,
+            vocab,
+            embedding_shape(source)[1],
+            layers,
+            source.num_parameters,
+            min_prefill=shortest_prompt(graphs, context),
         ),
         state=carried.describe(),
         tokenizer=tokenizer,

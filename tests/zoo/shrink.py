@@ -109,6 +109,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "decoder_config": {"hidden_size_global": 64},
     },
     "nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "gemma4_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
 }
