@@ -1,9 +1,9 @@
 """Decoders whose state no attention operator keeps: plain ONNX, the state carried from one call to the next.
 
 For models outside transformers' attention interface, attention that GroupQueryAttention cannot express, and recurrences.
-The model runs its own code on transformers' own cache object; what that object holds after a call are the graph's
-outputs, and the next call's inputs. Which tensors those are is found by running the model at two lengths under fake
-tensors: a tensor whose size follows the length has the layout `grow`, any other `replace`.
+The model runs its own code on transformers' cache object; what that holds after a call are the graph's outputs, and the
+next call's inputs. Which tensors those are is found by running the model at two lengths under fake tensors: one whose size
+follows the length has the layout `grow`, any other `replace`.
 
 Two graphs of batch 1: `prefill` takes a whole prompt and no state; `decode` takes one token and the state. Where the
 prefill cannot be traced (its Python loops over the prompt), prompts go through `decode` token by token.
@@ -296,9 +296,7 @@ def carried_graphs(
 
 
 def longest_state(decode: ir.Model, context: int) -> int:
-    """The longest context, up to `context`, whose steps the graph is right for. Raises UnsupportedModelError where that is
-    too short to be of use.
-    """
+    """The longest context, up to `context`, whose steps the graph is right for. Raises UnsupportedModelError for a few tokens."""
     found = longest_right(decode, 2, context - 1, lambda name, _: _SEQ if name == "cross" else None) + 1
     if found < min(context, USEFUL):
         raise UnsupportedModelError(f"its code takes another way after {found} tokens, and a graph has no branches")

@@ -51,15 +51,15 @@ def shortest_right(model: ir.Model, longest: int, size: Size = lambda *_: None) 
 
 
 def wrong_block(model: ir.Model, longest: int, size: Size = lambda *_: None) -> int | None:
-    """The smallest block all of whose multiples the graph is wrong for, where it is not wrong for all lengths: of a model
+    """The smallest block all of whose multiples the graph is wrong for, where it is right for most other lengths: of a model
     that pads to a multiple of it, and takes another way where nothing is to be padded.
     """
     holds = _condition(model, size)
     end = min(longest, _EVERY) + 1
     right = {length for length in range(2, end) if holds(length)}
-    blocks = range(
-        2, min(end // 3, max(right, default=0) // 2)
-    )  # right beyond two blocks: wrong for more than one reason
+    if 2 * len(right) < end:
+        return None
+    blocks = range(2, min(end // 3, max(right) // 2))  # right beyond two blocks: else it is a matter of length alone
     return next((b for b in blocks if right.isdisjoint(range(b, end, b))), None)
 
 

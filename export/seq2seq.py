@@ -262,7 +262,7 @@ def _lower_encoder(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: 
         return encoder
     longest = info.max_source_length
     try:
-        other = lowered(min(2 * longest_block(model.config) + 5, longest), how)
+        other = lowered(min(2 * longest_block(model.config) + 5, longest - 3), how)  # a multiple of no block, as a rule
     except UnsupportedModelError:
         return encoder  # which `longest_source` limits to the lengths it is right for
     same = joined(other, encoder)
@@ -272,7 +272,7 @@ def _lower_encoder(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: 
     if block is None:
         raise UnsupportedModelError("its encoder works in blocks, whose number a graph cannot follow")
     # it pads by itself, but for sources that need no padding; few blocks take ways of their own
-    how, many = replace(how, block=block, least=block), min(5 * block + 5, longest)
+    how, many = replace(how, block=block, least=block), min(5 * block + 5, longest - 3)
     first = shortest_right(lowered(many, how), longest)
     return lowered(many, replace(how, least=block * -(-first // block)))
 
