@@ -206,7 +206,10 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "bart": _BART,
     "marian": _BART,
     "m2m_100": _BART,
-    "led": {**_BART, "attention_window": 8, "max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128},
+    "led": {
+        **_BART, "encoder_layers": 1, "decoder_layers": 2, "attention_window": 8, "max_encoder_position_embeddings": 128,
+        "max_decoder_position_embeddings": 128,
+    },
     "prophetnet": {
         "vocab_size": VOCAB, "hidden_size": 48, "encoder_ffn_dim": 96, "num_encoder_layers": 2,
         "num_encoder_attention_heads": 4, "decoder_ffn_dim": 96, "num_decoder_layers": 3, "num_decoder_attention_heads": 4,
