@@ -43,6 +43,6 @@ def test_a_model_whose_steps_say_something_else_is_refused(
 
     update = modeling_mamba.mamba_selective_state_update
     monkeypatch.setattr(modeling_mamba, "mamba_selective_state_update", lambda *a, **k: update(*a, **k) * 1.002)
-    with pytest.raises(VerificationError, match="PyTorch disagrees with itself: its steps over .* single tokens"):
+    with pytest.raises(VerificationError, match="PyTorch disagrees with itself"):
         export_model(ExportOptions(str(checkpoint("mamba")), tmp_path / "package"))
     assert not (tmp_path / "package").exists()
