@@ -212,7 +212,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     },
     "prophetnet": {
         "vocab_size": VOCAB, "hidden_size": 48, "encoder_ffn_dim": 96, "num_encoder_layers": 2,
-        "num_encoder_attention_heads": 4, "decoder_ffn_dim": 96, "num_decoder_layers": 3, "num_decoder_attention_heads": 4,
+        "num_encoder_attention_heads": 4, "decoder_ffn_dim": 96, "num_decoder_layers": 2, "num_decoder_attention_heads": 4,
         "max_position_embeddings": 128, "ngram": 2, "num_buckets": 8, "relative_max_distance": 24, "pad_token_id": 0,
         "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2,
     },
