@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from llmx.export import ExportOptions, export_model
 from llmx.runtime import LLM, SamplingParams, load_manifest
+from llmx.runtime.errors import VerificationError
 
 
 @pytest.mark.parametrize(("name", "dtypes"), [("mamba", {"float16", "float32"}), ("bloom", {"float16"})])
@@ -32,3 +33,16 @@ def test_nothing_limits_a_recurrence(package: Callable[[str], Path]) -> None:
     assert load_manifest(package("mamba")).model.context_length == 1 << 20
     assert load_manifest(package("bloom")).model.context_length == 1 << 20
     assert load_manifest(package("lfm2")).model.context_length == 512
+
+
+def test_a_model_whose_steps_say_something_else_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt cannot be traced as a whole, so a package would say what the steps say."""
+    from transformers.models.mamba import modeling_mamba
+
+    update = modeling_mamba.mamba_selective_state_update
+    monkeypatch.setattr(modeling_mamba, "mamba_selective_state_update", lambda *a, **k: update(*a, **k) * 1.002)
+    with pytest.raises(VerificationError, match="PyTorch disagrees with itself"):
+        export_model(ExportOptions(str(checkpoint("mamba")), tmp_path / "package"))
+    assert not (tmp_path / "package").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import wave
@@ -211,3 +212,39 @@ def test_bench_measures_a_window_of_sound(package: Path) -> None:
     assert point["prompt"] == 1500  # positions of the encoder, whatever -p says
     assert point["prefill_tokens_per_s"]["median"] > 0 and point["decode_tokens_per_s"]["median"] > 0
     assert report["cold_start"] == {}
+
+
+#: A weight -> the layer that an altered one is found in, and the half of the model.
+PARTS = {
+    "model.encoder.layers.1.fc2.weight": (1, "the encoder's layer 1 of 0 … 1"),
+    "model.decoder.layers.1.encoder_attn.v_proj.weight": (1, "the decoder's layer 1 of 0 … 2"),
+}
+
+
+def test_verify_runs_freely_and_finds_the_layer(package: Path, tmp_path: Path) -> None:
+    """Windows of random features, tokens suppressed as the package says; an altered weight is named by its layer."""
+    from click.testing import CliRunner
+    from llmx.cli import main
+    from safetensors.torch import load_file, save_file
+
+    def report(source: Path, code: int) -> dict[str, Any]:
+        command = ["verify", "--onnx", str(package), "--model", str(source), "--prompts", "2", "--json"]
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == code, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    source = package.parent / "checkpoint"
+    good = report(source, 0)
+    assert good["passed"] and good["family"] == "encoder-decoder" and good["layer"] is None
+    assert good["generation"]["agreement"] == 1 and good["generation"]["identical_rows"] == 2
+    assert 0 < good["outputs"]["max_abs_diff"] < good["outputs"]["allowed"]
+    for index, (weight, (layer, words)) in enumerate(PARTS.items()):
+        other = tmp_path / f"other{index}"
+        shutil.copytree(source, other)
+        tensors = load_file(other / "model.safetensors")
+        tensors[weight] = tensors[weight] * 1.1 + 0.01
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+        bad = report(other, 1)
+        assert bad["layer"] == layer and words in bad["parting"], bad["parting"]
+        assert "Logits differ" in bad["reason"]
