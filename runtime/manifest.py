@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -313,8 +314,12 @@ def _parse(kind: Any, raw: Any, where: str) -> Any:
     )
 
 
+#: A package's hundreds of tensors are of one class: its hints are resolved once.
+_hints = cache(get_type_hints)
+
+
 def _parse_dataclass(kind: Any, raw: dict[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     try:
         return kind(
             **{f.name: _parse(hints[f.name], raw[f.name], f"{where}.{f.name}") for f in fields(kind) if f.name in raw}

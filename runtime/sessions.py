@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,22 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
-    sessions, trace = {}, active()
-    for name, path in files.items():
-        options = session_options(settings)
-        if trace is not None:
-            trace.prepare(options)
-        sessions[name] = open_session(path, options, device.providers)
-        check_session(sessions[name], manifest.graphs[name], path)
-        if trace is not None:
-            sessions[name] = trace.watch(name, sessions[name])
+    trace, options = active(), {name: session_options(settings) for name in files}
+    if trace is not None:
+        for each in options.values():
+            trace.prepare(each)
+
+    def opened(name: str) -> Any:
+        session = open_session(files[name], options[name], device.providers)
+        check_session(session, manifest.graphs[name], files[name])
+        return session
+
+    # On a CPU, graphs share nothing while they open, and opening releases the interpreter's lock. (Profiles are named by the
+    # time at which their session opens: one by one.)
+    with ThreadPoolExecutor(len(files) if device.kind == "cpu" and trace is None else 1) as pool:
+        sessions = dict(zip(files, pool.map(opened, files), strict=True))
+    if trace is not None:
+        sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
     return sessions
 
 
