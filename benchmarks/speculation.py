@@ -9,8 +9,8 @@ of known quality that costs nothing. Prompts are random tokens then.
 
 One request at a time. Plain and speculative runs of a prompt alternate. With each drafter as many guesses are made as pay
 (none, where none do), or `--num-tokens`; with a draft, a fixed number as well, whether it pays or not. Each kind of step is
-then timed alone: a decode step, a pass over 2 … k + 1 tokens, a step of the draft, and what plain decoding spends on a token
-besides its step. From these and the passes that were counted comes the prediction.
+then timed alone: a decode step, a pass over 2 … k + 1 tokens, a step of the draft and its reading of a prompt (which it has to
+read before it can guess), and what plain decoding spends on a token besides its step. From these and the passes that were counted comes the prediction.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def compare(plain: Any, fast: Any, prompts: list[Any], params: Any, repeats: int
     """Both on every prompt, alternating; the median of `repeats` for each. `exact`: greedy outputs must be equal."""
     counted = Counted(fast.engine.speculator)
     slow_time = fast_time = 0.0
-    tokens = drafted = accepted = passes = equal = 0
+    tokens = drafted = accepted = passes = equal = read = lengths = 0
     for prompt in prompts:
         pairs = []
         for _ in range(repeats):
@@ -143,18 +143,21 @@ def compare(plain: Any, fast: Any, prompts: list[Any], params: Any, repeats: int
             drafted += out.metrics.num_drafted
             accepted += out.metrics.num_accepted
             passes += out.metrics.num_verifications
+            read += out.metrics.num_drafted > 0
+            lengths += out.metrics.num_prompt_tokens
         slow_time += statistics.median(pair[0] for pair in pairs) * repeats
         fast_time += statistics.median(pair[1] for pair in pairs) * repeats
     steps = tokens - accepted - passes  # tokens of plain steps between the passes
     return {
         "tokens": tokens, "plain_seconds": slow_time, "seconds": fast_time, "speedup": slow_time / fast_time,
         "equal_outputs": equal, "outputs": len(prompts) * repeats, "drafted": drafted, "accepted": accepted, "passes": passes, "plain_steps": steps,
+        "prompt_tokens": lengths // (len(prompts) * repeats), "prompts_drafted": read,
         "mean_accepted_length": 1 + accepted / max(passes, 1), "passes_by_guesses": dict(sorted(counted.passes.items())),
     }  # fmt: skip
 
 
-def step_times(plain: Any, fast: Any, per_token: float, widest: int) -> dict[str, Any]:
-    """Seconds of each kind of step at CONTEXT positions, alone."""
+def step_times(plain: Any, fast: Any, per_token: float, widest: int, prompt_tokens: int) -> dict[str, Any]:
+    """Seconds of each kind of step at CONTEXT positions, alone, and of reading a prompt by the draft."""
     target = plain.backend
     target.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
     one, length = np.array([5]), np.array([CONTEXT])
@@ -179,12 +182,19 @@ def step_times(plain: Any, fast: Any, per_token: float, widest: int) -> dict[str
 
         return seconds(judged)
 
-    times: dict[str, Any] = {"decode": decode, "host": max(per_token - decode, 0.0), "draft": 0.0}
+    times: dict[str, Any] = {"decode": decode, "host": max(per_token - decode, 0.0), "draft": 0.0, "draft_prompt": 0.0}
     times["verify"] = {guesses: verify(guesses + 1) for guesses in range(1, widest + 1)}
     draft = getattr(fast.engine.speculator._drafter, "_backend", None)
     if draft is not None:
         draft.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
         times["draft"] = seconds(lambda: draft.decode(one, length).rows())
+        chunk, text = fast.prefill_chunk, np.full(prompt_tokens, 5)
+
+        def read() -> None:
+            for start in range(0, len(text), chunk):
+                draft.prefill(0, text[start : start + chunk], start, np.zeros(0, np.int64))
+
+        times["draft_prompt"] = seconds(read, 10)
         fast.engine.speculator._drafter._held[0] = []  # what was timed is no sequence's
     return times
 
@@ -194,7 +204,8 @@ def predict(result: dict[str, Any], times: dict[str, Any]) -> float:
     host = result["tokens"] * times["host"]
     plain = result["tokens"] * times["decode"] + host
     passes = sum(n * (times["verify"][k] + k * times["draft"]) for k, n in result["passes_by_guesses"].items())
-    return float(plain / (passes + result["plain_steps"] * times["decode"] + host))
+    prompts = result["prompts_drafted"] * times["draft_prompt"]
+    return float(plain / (passes + prompts + result["plain_steps"] * times["decode"] + host))
 
 
 def main() -> None:
@@ -250,7 +261,8 @@ def run(args: argparse.Namespace) -> None:
                     exact = not args.device.startswith("cuda")  # there a pass and a step may round apart
                     result = compare(plain, fast, prompts, params, args.repeats, exact)
                     widest = max(result["passes_by_guesses"], default=1)
-                    times = step_times(plain, fast, result["plain_seconds"] / result["tokens"], widest)
+                    per_token = result["plain_seconds"] / result["tokens"]
+                    times = step_times(plain, fast, per_token, widest, result["prompt_tokens"])
                     result["predicted_speedup"] = predict(result, times)
                     result["of_predicted"] = result["speedup"] / result["predicted_speedup"]
                     results.append({"drafter": name, "prompts": kind, **result, "step_seconds": times})

@@ -21,8 +21,16 @@ _HELP = (
 @model_options
 @template_options
 @speculation_options
+@click.option(
+    "--on-full",
+    type=click.Choice(["stop", "shift"]),
+    default="stop",
+    show_default=True,
+    help="Where the context has no room for an answer: stop, or forget the oldest tokens.",
+)
+@click.option("--keep-first", type=int, default=0, help="Of the oldest tokens, keep so many (with --on-full shift).")
 @sampling_options
-def command(**options: Any) -> None:
+def command(on_full: str, keep_first: int, **options: Any) -> None:
     """Talk with a model in the terminal. /reset forgets the conversation, /exit leaves. Ctrl-C stops an answer and
     keeps what was said so far; at the prompt, and while the model loads, it leaves with exit code 130.
 
@@ -37,13 +45,13 @@ def command(**options: Any) -> None:
     with load(options) as llm:
         first = opening(options)
         llm.chat_prompt([*first, {"role": "user", "content": "?"}], **arguments)  # no template: refused here
-        messages, session = list(first), llm.session()
+        messages, session = list(first), llm.session(on_full, keep_first)
         click.echo(_HELP, err=True)
         while (text := _ask()) is not None:
             if text == "/exit":
                 break
             if text == "/reset":
-                messages, session = list(first), llm.session()
+                messages, session = list(first), llm.session(on_full, keep_first)
                 continue
             if not text:
                 continue

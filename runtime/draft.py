@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.errors import LlmxError
-from llmx.runtime.sampling import distribution, draw
+from llmx.runtime.sampling import distribution, draw, needs_full_row
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import Guess
 
@@ -59,14 +59,13 @@ class DraftModel:
         for index, row in rows.items():
             sequence, most = wanted[index]
             try:
-                c = distribution(self._fitted(row), sequence.params, sequence.history)
+                guess = _draw(self._fitted(row), sequence)
             except LlmxError:  # the draft's trouble is not the request's: it goes without a guess
                 continue
-            token = int(c.ids[0]) if sequence.params.temperature == 0.0 else draw(c, sequence.generator)
-            guesses[index].append(Guess(token, c))
-            sequence.history.append(token)
+            guesses[index].append(guess)
+            sequence.history.append(guess.token)
             if len(guesses[index]) < most:
-                following[index] = token
+                following[index] = guess.token
         return self._decode(following, wanted) if following else {}
 
     def _fitted(self, row: np.ndarray) -> np.ndarray:
@@ -133,6 +132,17 @@ class DraftModel:
 
     def close(self) -> None:
         self._backend.close()
+
+
+def _draw(row: np.ndarray, sequence: Sequence) -> Guess:
+    """A guess from the draft's logits [vocab]. Raises LlmxError."""
+    params, history = sequence.params, sequence.history
+    if params.temperature == 0.0 and not needs_full_row(params, history):
+        token = int(row.argmax())
+        if np.isfinite(row[token]):
+            return Guess(token)
+    c = distribution(row, params, history)
+    return Guess(int(c.ids[0]) if params.temperature == 0.0 else draw(c, sequence.generator), c)
 
 
 def common(a: list[int], b: list[int]) -> int:

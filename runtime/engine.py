@@ -306,11 +306,13 @@ class Engine:
             # a row in prefill keeps its length: what it writes there is overwritten
             lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
         if self.speculator is not None:
-            sequences = [s for s in self.speculator.run(sequences, lengths, self._take) if s.slot is not None]
-            if not sequences:
-                return
-            for sequence in self.scheduler.pool.held():
-                lengths[sequence.slot] = min(sequence.num_cached, self.backend.max_length - 1)
+            rest = self.speculator.run(sequences, lengths, self._take)
+            if rest is not sequences:
+                sequences = [s for s in rest if s.slot is not None]
+                if not sequences:
+                    return
+                for sequence in self.scheduler.pool.held():
+                    lengths[sequence.slot] = min(sequence.num_cached, self.backend.max_length - 1)
         for sequence in sequences:
             if sequence.num_cached == self.backend.recompute_at:
                 assert sequence.slot is not None

@@ -25,8 +25,8 @@ _SPACES = r" |\r?\n[ \t]{0,20}"
 class Grammar:
     """Where one output stands in its grammar.
 
-    Invariant: the matcher has consumed the output's first `_done` tokens. `_forced` are tokens that must come next,
-    in this order, as far as they are known. `_mask` is what may come after these `_done` tokens, or None.
+    Invariant: the matcher has consumed the output's first `_done` tokens. `_forced` are tokens that must come next, in
+    this order, as far as they are known; None: nobody has asked yet. `_mask` is what may come after these `_done` tokens, or None.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, num_words: int) -> None:
@@ -36,7 +36,7 @@ class Grammar:
         self._bits = np.zeros((num_words + 31) // 32, np.int32)
         self._done = 0
         self._wrong = False  # a token was consumed that the grammar has no place for
-        self._forced: list[int] = []
+        self._forced: list[int] | None = None
         self._mask: np.ndarray | None = None
 
     def follow(self, tokens: list[int], start: int) -> None:
@@ -45,10 +45,8 @@ class Grammar:
             if self._wrong:
                 return
             self._mask = None
-            if self._forced and self._forced[0] == token:
-                self._forced.pop(0)
-            else:
-                self._forced = []
+            known = self._forced
+            self._forced = known[1:] if known and known[0] == token and len(known) > 1 else None
             self._wrong = not self._matcher.try_consume_tokens([token])
             self._done += not self._wrong
             self._check()
@@ -56,14 +54,14 @@ class Grammar:
     def undo(self, length: int) -> None:
         """Forget all tokens of the output but the first `length`."""
         self._wrong = False
-        self._forced, self._mask = [], None
+        self._forced = self._mask = None
         if length < self._done:
             self._matcher.rollback(self._done - length)
             self._done = length
 
     def fork(self) -> Grammar:
         twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._num_words)
-        twin._done, twin._wrong, twin._forced = self._done, self._wrong, self._forced.copy()
+        twin._done, twin._wrong, twin._forced = self._done, self._wrong, self._forced
         return twin
 
     @property
@@ -73,8 +71,8 @@ class Grammar:
 
     def forced(self) -> list[int]:
         """Tokens that are certain to come next: [] where there is a choice."""
-        if not self._forced and not self._wrong and not self._matcher.is_stopped():
-            forced = list(self._matcher.compute_ff_tokens())
+        if self._forced is None:
+            forced = [] if self._wrong or self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
             self._check()
             self._forced = forced if max(forced, default=0) < self._vocab_size else []
         return self._forced

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 _GAIN = 1.02  # what less gain than this is, is noise
 _WEIGHT = 0.1  # of a new time among those before it
+_STEPS = 3  # plain steps that are timed before passes are compared with them
 _REFRESH = 64  # passes after which a plain step is timed again
 
 
@@ -83,6 +84,7 @@ class Pace:
         self._plain: dict[int, float] = {} if plain is None else {1: plain}
         self._fixed: dict[int, float] = {}
         self._passes: dict[int, int] = {}  # since the last plain step
+        self._steps: dict[int, int] = {} if plain is None else {1: _STEPS}  # plain ones that were timed
         self._known: dict[int, int] = {}  # passes that `_fixed` is made of
 
     def note(self, rows: int, count: int, seconds: float) -> None:
@@ -90,7 +92,11 @@ class Pace:
         plain = self._plain.get(rows)
         if count == 0:
             self._passes[rows] = 0
-            self._plain[rows] = seconds if plain is None else _moved(plain, min(seconds, 2 * plain))
+            self._steps[rows] = self._steps.get(rows, 0) + 1
+            if plain is None:
+                self._plain[rows] = seconds
+            else:  # other work on the machine makes steps longer, nothing makes them shorter
+                self._plain[rows] = _moved(plain, min(seconds, 2 * plain), 0.5 if seconds < plain else _WEIGHT)
         elif plain is not None:
             self._passes[rows] = self._passes.get(rows, 0) + 1
             excess = seconds / plain - 1 - count * self._costs.slope(rows)
@@ -103,8 +109,8 @@ class Pace:
         return 1 + self._fixed.get(rows, self._costs.fixed), self._costs.slope(rows)
 
     def stale(self, rows: int) -> bool:
-        """Whether a plain step of so many rows is to be timed: none ever was, or not for long."""
-        return rows not in self._plain or self._passes.get(rows, 0) >= _REFRESH
+        """Whether a plain step of so many rows is to be timed: too few were, or none for long."""
+        return self._steps.get(rows, 0) < _STEPS or self._passes.get(rows, 0) >= _REFRESH
 
 
 def _moved(known: float, new: float, weight: float = _WEIGHT) -> float:
@@ -120,6 +126,7 @@ class Progress:
         """`rate`: where one begins."""
         self.accepted, self.judged = 2.0 * rate, 2.0
         self.probe = probe or Probe()
+        self.idle = False  # guesses do not pay, as far as is known: nothing changes that but a probe
         self._ngrams: dict[int, tuple[dict[tuple[int, ...], int], int]] = {}
 
     @property
@@ -128,6 +135,7 @@ class Progress:
 
     def note(self, accepted: int, judged: int) -> None:
         """`judged` guesses were looked at, of which all, or all but the last, stood."""
+        self.idle = False
         self.accepted, self.judged = 0.9 * self.accepted + accepted, 0.9 * self.judged + judged
 
     def num_guesses(self, most: int, line: tuple[float, float]) -> int:
@@ -136,6 +144,7 @@ class Progress:
         if best:
             self.probe.paid()
             return best
+        self.idle = True
         return 1 if most > 0 and self.probe.due() else 0
 
     def ngrams(self, size: int, tokens: list[int]) -> dict[tuple[int, ...], int]:

@@ -173,8 +173,10 @@ class Session:
         self._llm._driver.check_usable()
         params = params or SamplingParams()
         resolved = params.resolved({**self._llm.manifest.generation, **({} if params.num_beams else {"num_beams": 1})})
-        if resolved.n != 1 or (resolved.num_beams or 1) != 1 or resolved.prompt_logprobs is not None:
-            raise RequestError("A session continues one text: leave out n, num_beams and prompt_logprobs, or fork it.")
+        if resolved.num_samples != 1 or (resolved.num_beams or 1) != 1 or resolved.prompt_logprobs is not None:
+            raise RequestError(
+                "A session continues one text: leave out n, best_of, num_beams and prompt_logprobs, or fork it."
+            )
         if self.on_full == "shift":
             self._make_room(resolved.max_tokens or 1)
         elif len(self._tokens) >= self._llm.max_length:

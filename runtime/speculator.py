@@ -87,24 +87,33 @@ class Speculator:
         return {sequence: guesses for (sequence, _), guesses in zip(wanted, proposed, strict=True) if guesses}
 
     def _num_guesses(self, sequence: Sequence, rows: int) -> int:
+        known = sequence.speculation
+        if known is not None and known.idle and self._fixed is None and not known.probe.due():
+            return 0
+        most = self._most(sequence)
+        if most <= 0:
+            return 0
+        seeded = self._draws and sequence.params.temperature != 0.0 and sequence.params.seed is not None
+        if known is None:
+            known = sequence.speculation = Progress() if seeded else self._progress()
+        if self._fixed is not None:
+            return most
+        if known.idle:  # a probe is due
+            known.idle = False
+            return 1
+        if seeded:
+            return int(known.num_guesses(most, self.costs.line()))
+        return 0 if self.pace.stale(rows) else int(known.num_guesses(most, self.pace.line(rows)))
+
+    def _most(self, sequence: Sequence) -> int:
+        """Guesses that there is room for."""
         room = self._backend.max_length - len(sequence.tokens)
         wanted = (sequence.params.max_tokens or 0) - sequence.num_output - 1
         most = min(self.settings.max_tokens if self._fixed is None else self._fixed, room, wanted)
         turn = self._backend.recompute_at
         if turn is not None and sequence.num_cached <= turn:  # its state is computed anew at `turn`, by plain decoding
             most = min(most, turn - sequence.num_cached - 1)
-        if most <= 0 or sequence.request.beams is not None:
-            return 0
-        seeded = self._draws and sequence.params.temperature != 0.0 and sequence.params.seed is not None
-        if sequence.speculation is None:
-            sequence.speculation = Progress() if seeded else self._progress()
-        if self._fixed is not None:
-            return most
-        if seeded:
-            return int(sequence.speculation.num_guesses(most, self.costs.line()))
-        if self.pace.stale(rows):
-            return 0
-        return int(sequence.speculation.num_guesses(most, self.pace.line(rows)))
+        return 0 if sequence.request.beams is not None else most
 
     def _progress(self) -> Progress:
         """Of a new sequence, which begins with what is known of others. For a draft one of them looks again for all; lookup

@@ -89,6 +89,19 @@ def test_options_of_chats_need_chat(demo: Path) -> None:
     assert result.exit_code == 2 and "go with --chat" in result.stderr
 
 
+def test_a_full_context(demo: Path) -> None:
+    """At the third question there is no room: `stop` says so, `shift` forgets the oldest."""
+    common = ["chat", "--onnx", str(demo), "--max-length", "64", "-n", "20", "--ignore-eos", "--temperature", "0"]
+    said = "To be, or not to be\n" * 4
+    stopped = CliRunner().invoke(main, common, input=said)
+    assert stopped.exit_code == 0 and "/reset starts anew" in stopped.stderr
+    shifted = CliRunner().invoke(main, [*common, "--on-full", "shift", "--keep-first", "4"], input=said)
+    assert shifted.exit_code == 0 and "Error" not in shifted.stderr
+    assert len(shifted.stdout.strip()) > len(stopped.stdout.strip())
+    refused = CliRunner().invoke(main, [*common, "--on-full", "shift", "--keep-first", "64"], input=said)
+    assert refused.exit_code == 2 and "keep_first must be a whole number from 0 to 62" in refused.stderr
+
+
 def test_calls_are_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     call = [ToolCallDelta(0, "id", "f", '{"a": '), ToolCallDelta(0, arguments='"é"}')]
     show([StreamPiece("", [], delta=ChatDelta("Well.", "", [piece])) for piece in call])

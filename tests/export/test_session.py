@@ -235,8 +235,8 @@ def test_refusals(package: Callable[[str], Path], seq2seq_package: Callable[[str
                 session.rewind(position)  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="between 0 and"):
             session.append([VOCAB + 9])
-        for options in ({"n": 2}, {"num_beams": 2}, {"prompt_logprobs": 1}):
-            with pytest.raises(RequestError, match="leave out n, num_beams and prompt_logprobs"):
+        for options in ({"n": 2}, {"best_of": 2}, {"num_beams": 2}, {"prompt_logprobs": 1}):
+            with pytest.raises(RequestError, match="leave out n, best_of, num_beams and prompt_logprobs"):
                 session.append([4]).generate(SamplingParams(**options))  # type: ignore[arg-type]
     with LLM(seq2seq_package("t5"), slots=1) as llm, pytest.raises(FamilyError, match="encoder-decoder"):
         llm.session()

@@ -7,7 +7,9 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,41 @@ def test_forced_tokens_are_the_same_one_by_one(tokenizer: Tokenizer, seed: int) 
         assert plain.output_ids == FakeBackend(1, 400, VOCAB).greedy([9, 8], 40)
         assert len(sequence.logprobs) == (sequence.num_output if wanted is noted else 0)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+class Patient(FakeBackend):
+    """Its decode steps end once the masks of what they decide are there (or after seconds, which is noted)."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 400, VOCAB)
+        self.watched: list[Request] = []
+        self.in_time: list[bool] = []
+
+    def decode(self, *args: Any, **more: Any) -> Any:
+        deadline = time.monotonic() + 5
+        for request in [r for r in self.watched if not r.finished]:
+            grammar = request.sequences[0].history._grammar
+            while grammar is not None and grammar._mask is None and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            self.in_time.append(grammar is None or grammar._mask is not None)
+        return super().decode(*args, **more)
+
+
+def test_masks_are_computed_while_the_device_works(tokenizer: Tokenizer) -> None:
+    """By another thread, from the tokens that the step starts from; outputs are those of masks computed after it."""
+    wanted = [structured(12, regex="[ab]{2}[a-e]{20}"), structured(12, regex="[x-z]{20}", seed=1)]
+    backend = Patient()
+    engine = Engine(backend, tokenizer, 16)
+    plain = engine.add(None, [3], SamplingParams(max_tokens=12, temperature=1.0, seed=2).resolved({}))
+    backend.watched = [engine.add(None, [5, index], each.resolved({})) for index, each in enumerate(wanted)]
+    got = run(engine, plain, *backend.watched)
+    assert len(backend.in_time) >= 20 and all(backend.in_time)
+    other = engine_of(tokenizer, slots=3)
+    other.masks.during = lambda histories: nullcontext()  # type: ignore[method-assign]
+    requests = [other.add(None, [5, index], each.resolved({})) for index, each in enumerate(wanted)]
+    assert [s.output_ids for s in run(other, *requests)] == [s.output_ids for s in got[1:]]
+    assert other.masks._thread is None and engine.masks._thread is not None
+    engine.masks.close()
 
 
 def test_max_tokens_within_forced_tokens_ends_with_length(tokenizer: Tokenizer) -> None:

@@ -249,13 +249,40 @@ def test_costs_are_learned_while_requests_run() -> None:
     assert not pace.stale(1)
 
 
-def test_a_draft_that_does_not_pay_is_left_alone() -> None:
+class Clock:
+    """A clock that only the calls of backends move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def slow_down(self, backend: Any, seconds: float) -> None:
+        """Each of the backend's calls takes so long."""
+
+        def after(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+            self.now += seconds
+            return call(*args, **more)
+
+        for name in ("decode", "prefill", "verify"):
+            setattr(backend, name, partial(after, getattr(backend, name)))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(time, "perf_counter", made)
+    return made
+
+
+def test_a_draft_that_does_not_pay_is_left_alone(clock: Clock) -> None:
     """Guesses that cost as much as a step: after a few passes next to none are made, in this request and the next."""
     model = Model(2, 400)
     engine = make_engine(model, "draft")
     draft = engine.speculator._drafter._backend  # type: ignore[union-attr,attr-defined]
-    for backend, seconds in ((model, 1e-3), (draft, 1e-3)):
-        slow_down(backend, seconds)
+    for backend in (model, draft):
+        clock.slow_down(backend, 1e-3)
     drafted = []
     for _ in range(2):
         request = engine.add(None, [1, 2], SamplingParams(temperature=0.0, max_tokens=300).resolved({}))
@@ -265,29 +292,18 @@ def test_a_draft_that_does_not_pay_is_left_alone() -> None:
     assert engine.speculator.counts[1] == sum(drafted)  # type: ignore[union-attr]
 
 
-def slow_down(backend: Model, seconds: float) -> None:
-    """Each of the backend's calls takes so much longer."""
-    for name in ("decode", "prefill", "verify"):
-        setattr(backend, name, partial(_after, seconds, getattr(backend, name)))
-
-
-def _after(seconds: float, call: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    time.sleep(seconds)
-    return call(*args, **more)
-
-
 @pytest.mark.parametrize("drafter", ["draft", "lookup"])
-def test_passes_are_timed_when_a_model_is_loaded(drafter: str) -> None:
+def test_passes_are_timed_when_a_model_is_loaded(drafter: str, clock: Clock) -> None:
     model = Model(2, 400)
     engine = make_engine(model, drafter)
     speculator = engine.speculator
     assert speculator is not None
-    slow_down(model, 4e-3)
+    clock.slow_down(model, 4e-3)
     if drafter == "draft":
-        slow_down(speculator._drafter._backend, 2e-3)  # type: ignore[attr-defined]
+        clock.slow_down(speculator._drafter._backend, 2e-3)  # type: ignore[attr-defined]
     speculator.calibrate(engine)
-    assert speculator.costs.guess == pytest.approx(0.5 if drafter == "draft" else 0.0, abs=0.2)
-    assert abs(speculator.costs.position) < 0.2 and abs(speculator.costs.fixed) < 0.5
+    assert speculator.costs.guess == pytest.approx(0.5 if drafter == "draft" else 0.0, abs=0.01)
+    assert abs(speculator.costs.position) < 0.01 and abs(speculator.costs.fixed) < 0.01
     assert model.num_prefills >= 7  # the prompt, and passes of both widths
     assert speculator.counts == [0, 0, 0] and not engine.has_work and engine.num_output_tokens == 0
     engine.check_integrity()
