@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,9 @@ def generation_defaults(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
     if checkpoint.task == "seq2seq":
         defaults |= _output_lengths(config)
     else:  # an encoder-decoder's are among its facts
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
-            ids = sorted({int(token) for token in getattr(config, name, None) or [] if token >= 0})
+        size = getattr(checkpoint.config.get_text_config(), "vocab_size", None) or math.inf
+        for name in ("suppress_tokens", "begin_suppress_tokens"):  # transformers passes over ids beyond the vocabulary
+            ids = sorted({int(token) for token in getattr(config, name, None) or [] if 0 <= token < size})
             if ids:
                 defaults[name] = ids
     ignored = [name for name, value in neutral.items() if getattr(config, name, None) not in (value, None)]

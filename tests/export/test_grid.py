@@ -94,14 +94,16 @@ def test_bf16(name: str, tmp_path: Path) -> None:
 
 
 def with_rounded_results(folder: Path) -> Path:
-    """The package of `in_float32` with casts to bfloat16 and back after every float32 result but the logits, in place."""
+    """The package of `in_float32` with casts to bfloat16 and back after every result that was in bfloat16, the logits apart, in
+    place: what the graph computes in float32 (angles of rotary embeddings) stays so.
+    """
     manifest = load_manifest(folder)
     for graph in manifest.graphs.values():
         model = ir.load(folder / graph.file)
         outputs = set(model.graph.outputs)
         for node in list(model.graph):
             for value in node.outputs:
-                if value.dtype != ir.DataType.FLOAT or value in outputs or not value.uses():
+                if value.name not in node.metadata_props or value in outputs or not value.uses():
                     continue
                 down = ir.node("Cast", [value], {"to": int(ir.DataType.BFLOAT16)})
                 up = ir.node("Cast", [down.outputs[0]], {"to": int(ir.DataType.FLOAT)})
@@ -125,6 +127,9 @@ def in_float32(folder: Path) -> Path:
             wide = tensor.numpy().astype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else tensor.numpy()
             value.const_value = ir.tensor(wide, name=value.name)
             value.type = ir.TensorType(value.const_value.dtype)
+        for node in model.graph:
+            kept = {v.name: "bfloat16" for v in node.outputs if v.dtype == ir.DataType.BFLOAT16 and v.name}
+            node.metadata_props.update(kept)
         for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
             if value.dtype == ir.DataType.BFLOAT16:
                 value.type = ir.TensorType(ir.DataType.FLOAT)

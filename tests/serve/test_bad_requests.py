@@ -147,5 +147,6 @@ def test_a_list_is_given_up_at_its_first_wrong_item(kind: type[BaseModel], body:
 
 
 def test_garbage_is_collected_after_a_body_that_is_wrong(served: Running) -> None:
+    gc.enable()  # whatever a command that ran in this process left behind
     assert served.post(TEXT, {"prompt": [1, "x"]}).status_code == 400
     assert gc.isenabled()

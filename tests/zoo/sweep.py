@@ -214,7 +214,7 @@ def _child(model_type: str) -> None:
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)
         os.dup2(null.fileno(), 2)
-    folder = Path(tempfile.mkdtemp(prefix=f"sweep-{model_type}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"sweep-{_plain(model_type)}-"))
     started = time.time()
     try:
         kinds = {MASKED: examine_masked, SEQ2SEQ: examine_seq2seq}
