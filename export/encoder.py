@@ -23,6 +23,7 @@ from llmx.runtime.manifest import EncoderInfo, Verification
 
 _BATCH, _SEQ = 3, 7  # differ, and are not 0 or 1, which tracing would specialise away
 _LENGTHS = (4, 23, 61)
+_ASKED = 3  # the shortest length that is asked of the guards: two tokens are run, as the tracer marks sizes of one
 
 #: sentence-transformers' pooling modes: config field -> name.
 POOLING_FIELDS = {
@@ -199,12 +200,12 @@ def trace_encoder(module: EncoderModule, longest: int) -> ir.Model:
     is right for all of them.
     """
     model = _lower(module, _SEQ)
-    if longest_right(model, 2, longest, _size) < longest:
+    if longest_right(model, _ASKED, longest, _size) < longest:
         try:
             other = _lower(module, min(2 * longest_block(module.config) + 5, longest))
         except UnsupportedModelError:
             return _named(model)  # which `longest_text` limits to the lengths it is right for
-        if joined(other, model) or longest_right(other, 2, longest, _size) == longest:
+        if joined(other, model) or longest_right(other, _ASKED, longest, _size) == longest:
             model = other
     return _named(model)
 
@@ -225,7 +226,7 @@ def longest_text(traced: ir.Model, longest: int) -> int:
     """The longest text, up to `longest` tokens, that the graph is right for. Raises UnsupportedModelError where that is too
     short to be of use.
     """
-    found = longest_right(traced, 2, longest, _size)
+    found = longest_right(traced, _ASKED, longest, _size)
     if found < min(longest, USEFUL):
         raise UnsupportedModelError(
             f"its code takes another way for texts of {found + 1} tokens than for those of {_SEQ}, and a graph has no branches"
@@ -310,6 +311,9 @@ def verify_encoder(
     feeds = _verification_feeds(checkpoint, model, lengths)
     with fitting(model, dtype):
         wanted = [_reference(module, feeds, row, length) for row, length in enumerate(lengths)]
+        pair = _reference(module, feeds, 0, 2) if max_length > 1 else None
+    if pair is not None:
+        _compare([pair], [_row(run({name: value[:1, :2] for name, value in feeds.items()}), 0, 2)], dtype)
     batch = run(feeds)
     try:
         worst, tolerance, pads = *_compare(wanted, [_row(batch, i, n) for i, n in enumerate(lengths)], dtype), True
