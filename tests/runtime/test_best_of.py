@@ -11,18 +11,10 @@ from llmx.runtime import RequestError, SamplingParams
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.outputs import StreamPiece
+from test_prefix_cache import run
 from test_speculation import make_tokenizer
 
 VOCAB = 12
-
-
-def run(engine: Engine) -> None:
-    for _ in range(10_000):
-        if not engine.has_work:
-            return
-        engine.step()
-        engine.check_integrity()
-    raise AssertionError("the engine does not come to an end")
 
 
 @settings(max_examples=60, deadline=None)
