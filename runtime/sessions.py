@@ -64,10 +64,12 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         check_session(session, manifest.graphs[name], files[name])
         return session
 
-    # On a CPU, graphs share nothing while they open, and opening releases the interpreter's lock. (Profiles are named by the
-    # time at which their session opens: one by one.)
-    with ThreadPoolExecutor(len(files) if device.kind == "cpu" and trace is None else 1) as pool:
-        sessions = dict(zip(files, pool.map(opened, files), strict=True))
+    if device.kind == "cpu" and trace is None:
+        # Graphs share nothing while they open, and opening releases the interpreter's lock. (On a device the thread that opens
+        # a session gets the device's context; profiles are named by the time at which their session opens.)
+        with ThreadPoolExecutor(len(files)) as pool:
+            return dict(zip(files, pool.map(opened, files), strict=True))
+    sessions = {name: opened(name) for name in files}
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
     return sessions
