@@ -16,7 +16,7 @@ from llmx.runtime.scheduler import Request, Sequence
 from llmx.runtime.stopping import StopChecker
 
 if TYPE_CHECKING:
-    from llmx.runtime.engine import Engine
+    from llmx.runtime.step_output import OutputStage
 
 
 def check_slots(params: SamplingParams, slots: int) -> None:
@@ -28,17 +28,17 @@ def check_slots(params: SamplingParams, slots: int) -> None:
         )
 
 
-def make_group(engine: Engine, request: Request) -> BeamGroup:
+def make_group(stage: OutputStage, request: Request) -> BeamGroup:
     """The search of a request whose sequences are its beams."""
-    params, info = request.params, engine.tokenizer.info
+    params, info = request.params, stage.tokenizer.info
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
-    room = engine.backend.max_length - len(request.prompt_ids)
+    room = stage.backend.max_length - len(request.prompt_ids)
     text_source = request.source is not None and request.source.ndim == 1
 
     def stopped(tokens: list[int]) -> bool:
         if time.perf_counter() >= request.deadline:  # then all beams end, as with transformers' max_time
             return True
-        return bool(params.stop_strings) and _spell(engine, request, tokens)[1].matched is not None
+        return bool(params.stop_strings) and _spell(stage, request, tokens)[1].matched is not None
 
     search = BeamSearch(
         params.num_beams or 1,
@@ -52,30 +52,30 @@ def make_group(engine: Engine, request: Request) -> BeamGroup:
     return BeamGroup(search, request.sequences)
 
 
-def advance(engine: Engine, request: Request, rows: list[np.ndarray]) -> None:
+def advance(stage: OutputStage, request: Request, rows: list[np.ndarray]) -> None:
     """One step of a search by its beams' logits [vocab], in the order of `beams` (the first step: the prompt's alone).
 
     What fails here is of this request alone, and ends it alone.
     """
     try:
-        _step(engine, request, rows)
+        _step(stage, request, rows)
     except Exception as error:
-        engine._fail(request, error)
+        stage.fail(request, error)
 
 
-def _step(engine: Engine, request: Request, rows: list[np.ndarray]) -> None:
+def _step(stage: OutputStage, request: Request, rows: list[np.ndarray]) -> None:
     group: BeamGroup = request.beams
     params = request.params
     scores = np.stack([_scores(row, params, beam.history) for row, beam in zip(rows, group.beams, strict=False)])
 
     def note(parent: int, token: int) -> Any:
         row = np.ascontiguousarray(rows[min(parent, len(rows) - 1)], np.float32)
-        return engine._entry(with_logprobs(row, token, params.logprobs or 0))
+        return stage.entry(with_logprobs(row, token, params.logprobs or 0))
 
     request.metrics.first_token = request.metrics.first_token or time.perf_counter()
-    group.step(scores, engine.backend.copy_slot, None if params.logprobs is None else note)
+    group.step(scores, stage.backend.copy_slot, None if params.logprobs is None else note)
     if group.search.done:
-        _finish(engine, request)
+        _finish(stage, request)
 
 
 def _scores(row: np.ndarray, params: SamplingParams, history: History) -> np.ndarray:
@@ -100,14 +100,14 @@ def _scores(row: np.ndarray, params: SamplingParams, history: History) -> np.nda
     return log_probs
 
 
-def _spell(engine: Engine, request: Request, tokens: list[int]) -> tuple[str, StopChecker]:
+def _spell(stage: OutputStage, request: Request, tokens: list[int]) -> tuple[str, StopChecker]:
     """The text of an output, cut where a stop string ends it."""
     from llmx.runtime.tokenizer import IncrementalDetokenizer
 
     params, group = request.params, request.beams
     context = request.prompt_ids if request.source is None else []
     detokenizer = IncrementalDetokenizer(
-        engine.tokenizer, context, params.skip_special_tokens, params.keep_special_tokens
+        stage.tokenizer, context, params.skip_special_tokens, params.keep_special_tokens
     )
     stop = StopChecker(params.stop_strings, params.include_stop_str_in_output)
     text = ""
@@ -120,21 +120,21 @@ def _spell(engine: Engine, request: Request, tokens: list[int]) -> tuple[str, St
     return text + stop.finish(), stop
 
 
-def _finish(engine: Engine, request: Request) -> None:
+def _finish(stage: OutputStage, request: Request) -> None:
     """The best outputs take the place of the beams."""
     best = request.beams.search.best(request.params.n)
     if not best:
-        engine._fail(request, RequestError("No token is left to choose for any beam: loosen the request's rules."))
+        stage.fail(request, RequestError("No token is left to choose for any beam: loosen the request's rules."))
         return
     for sequence in request.sequences:
-        engine.scheduler.drop(sequence)
+        stage.scheduler.drop(sequence)
     request.sequences = request.sequences[: len(best)]
     for index, (sequence, output) in enumerate(zip(request.sequences, best, strict=True)):
-        _conclude(engine, request, sequence, index, output)
+        _conclude(stage, request, sequence, index, output)
 
 
-def _conclude(engine: Engine, request: Request, sequence: Sequence, index: int, output: Any) -> None:
-    text, stop = _spell(engine, request, output.tokens)
+def _conclude(stage: OutputStage, request: Request, sequence: Sequence, index: int, output: Any) -> None:
+    text, stop = _spell(stage, request, output.tokens)
     ended = output.tokens[-1]
     sequence.index = index
     sequence.history = History(request.prompt_ids, sequence.history.rules)
@@ -151,4 +151,4 @@ def _conclude(engine: Engine, request: Request, sequence: Sequence, index: int, 
     metrics.last_token = time.perf_counter()
     if request.finished:
         metrics.finished = metrics.last_token
-    engine._emit(sequence, text, list(output.tokens), sequence.logprobs or None)
+    stage.emit(sequence, text, list(output.tokens), sequence.logprobs or None)

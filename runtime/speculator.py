@@ -232,7 +232,7 @@ class Speculator:
         self._fixed, self._drafter = None, drafter
         engine.cancel(request)
         engine.step()
-        engine.num_output_tokens = 0
+        engine.output.num_tokens = 0
         if request.error is None:
             self._learn({count: min(found[1:]) for count, found in times.items()}, min(drafting[1:]))
         self.counts, self._all = [0, 0, 0], Progress()

@@ -1,0 +1,81 @@
+"""Prompts: a chunk at a time, what the prefix cache or a session holds left out."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from llmx.runtime.backend import Backend
+from llmx.runtime.beam_requests import advance as advance_beams
+from llmx.runtime.prefix_cache import PrefixCache
+from llmx.runtime.scheduler import PrefillPlan, Scheduler, Sequence
+from llmx.runtime.step_logits import HostLogits, StepLogits
+from llmx.runtime.step_output import OutputStage, asked_now
+from llmx.runtime.tracing import span
+
+
+class PrefillStage:
+    """Runs the chunks of a plan; the last one of a prompt brings its first token."""
+
+    def __init__(
+        self, backend: Backend, scheduler: Scheduler, prefix_cache: PrefixCache | None, output: OutputStage
+    ) -> None:
+        self.backend, self.scheduler, self.prefix_cache, self.output = backend, scheduler, prefix_cache, output
+
+    def run(self, plan: PrefillPlan) -> None:
+        """Run one chunk; the sequence holds a slot."""
+        sequence, cache = plan.sequence, self.prefix_cache
+        last: StepLogits
+        assert sequence.slot is not None
+        metrics = sequence.request.metrics
+        metrics.scheduled = metrics.scheduled or time.perf_counter()
+        if sequence.request.session is not None and sequence.num_cached == 0:
+            metrics.num_cached_tokens = sequence.num_cached = sequence.request.session.restore(self.backend, sequence)
+            plan = self.scheduler.next_chunk(sequence)
+        if cache is not None:
+            metrics.num_cached_tokens = max(metrics.num_cached_tokens, cache.restore(sequence))
+            plan = self.scheduler.next_chunk(sequence)
+        tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
+        scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
+        if plan.start == 0 and sequence.request.source is not None:
+            with span("encode"):
+                self.backend.encode(sequence.slot, sequence.request.source)
+        with span("prefill"):
+            if plan.last and not scored:
+                last = self.backend.prefill_last(
+                    sequence.slot, tokens, plan.start, sequence.num_prompt, asked_now(sequence)
+                )
+            else:
+                asked = np.arange(len(tokens) if scored else 0)
+                logits = self.backend.prefill(sequence.slot, tokens, plan.start, asked, sequence.num_prompt)
+                last = HostLogits(logits[-1:])
+        sequence.num_cached = plan.end
+        if cache is not None:
+            cache.keep(sequence, plan.start, plan.end)
+            if plan.last:
+                cache.ended(sequence)
+        if scored:
+            self.output.note_prompt_logprobs(sequence, logits, plan.start)
+        if plan.last and sequence.request.beams is not None:
+            advance_beams(self.output, sequence.request, [last.row(0)])
+        elif plan.last:
+            if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
+                sequence.request.prompt_logits = last.row(0).copy()
+            self.output.advance(sequence, last, 0)
+
+    def catch_up(self, sequence: Sequence) -> bool:
+        """Run in one chunk the tokens that a grammar has forced; whether there were any."""
+        tokens = sequence.tokens
+        if sequence.slot is None or sequence.num_cached == len(tokens) - 1:
+            return False
+        while sequence.num_cached < len(tokens):
+            start, end = sequence.num_cached, min(len(tokens), sequence.num_cached + self.scheduler.prefill_chunk)
+            last = [end - start - 1] if end == len(tokens) else []
+            # each is at its own position what a decode step would make of it, not part of a longer prompt
+            with span("prefill"):
+                logits = self.backend.prefill(
+                    sequence.slot, np.array(tokens[start:end], np.int64), start, np.array(last, np.int64), start + 1
+                )
+            sequence.num_cached = end
+        self.output.advance(sequence, HostLogits(logits), 0)
+        return True
