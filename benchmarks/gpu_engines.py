@@ -188,20 +188,23 @@ def _launches(backend: Any, rows: int, context: int, steps: int) -> float:
 
 def _sampled_steps(backend: Any, rows: int, context: int, steps: int, params: Any) -> float:
     """Median seconds of a step, each row's token drawn on the host from the top of its logits."""
-    from llmx.runtime.candidate_rows import choose_rows
+    from llmx.runtime.candidate_rows import Rows
     from llmx.runtime.candidates import asked, choose_from_step
     from llmx.runtime.sampling import make_generator
 
     ask = asked(params)
     generators = [make_generator(row) for row in range(rows)]
+    batch = Rows(range(rows), [params] * rows, generators, [ask] * rows)
     tokens, lengths = np.arange(1, rows + 1), np.full(rows, context)
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
         made = backend.decode(tokens, lengths, None, np.full(rows, ask, np.float32))
-        choices = choose_rows(made, [(row, params, generator, ask) for row, generator in enumerate(generators)])
-        for row, generator in enumerate(generators):
-            choice = choices.get(row) or choose_from_step(made, row, params, generator, ask)
+        for row, chosen in enumerate(batch.choose(made)):
+            if isinstance(chosen, int):
+                tokens[row] = chosen
+                continue
+            choice = choose_from_step(made, row, params, generators[row], ask) if chosen is None else chosen()
             tokens[row] = choice.token if choice is not None else int(made.row(row).argmax())
         lengths = lengths + 1
         seconds.append(time.perf_counter() - start)

@@ -102,7 +102,7 @@ def _scores(row: np.ndarray, params: SamplingParams, history: History) -> np.nda
 
 def _spell(stage: OutputStage, request: Request, tokens: list[int]) -> tuple[str, StopChecker]:
     """The text of an output, cut where a stop string ends it."""
-    from llmx.runtime.tokenizer import IncrementalDetokenizer
+    from llmx.runtime.detokenizer import IncrementalDetokenizer
 
     params, group = request.params, request.beams
     context = request.prompt_ids if request.source is None else []

@@ -48,10 +48,15 @@ def choose_from_step(
     top = logits.top(index)
     if top is None:
         return None
-    if (params.top_k or 0) <= 0 and (1.0 if params.top_p is None else params.top_p) >= 1.0 and not params.min_p:
+    if keeps_all(params):
         return Choice(draw_from_all(top, lambda: logits.row(index), generator))
     kept = narrowed(top, params)
     return None if kept is None else Choice(draw(kept, generator))
+
+
+def keeps_all(params: SamplingParams) -> bool:
+    """Whether no filter takes a token away, of those that know what they leave by a row's top."""
+    return (params.top_k or 0) <= 0 and (1.0 if params.top_p is None else params.top_p) >= 1.0 and not params.min_p
 
 
 def narrowed(top: TopLogits, params: SamplingParams) -> Candidates | None:
@@ -86,18 +91,25 @@ def narrowed(top: TopLogits, params: SamplingParams) -> Candidates | None:
 def draw_from_all(top: TopLogits, row: Callable[[], np.ndarray], generator: np.random.Generator) -> int:
     """One token of the whole vocabulary at `top.temperature`: the likeliest first, then, from `row()`, all others."""
     weights = np.exp(_scaled(top), dtype=np.float64)
-    total = np.exp(top.log_sum)
-    target = generator.random() * total
+    target = generator.random() * np.exp(top.log_sum)
     sums = np.cumsum(weights)
     if target < sums[-1]:
         return int(top.ids[np.searchsorted(sums, target, side="right")])
-    logits = np.ascontiguousarray(row(), dtype=np.float32)
+    return draw_from_rest(top, row(), target)
+
+
+def draw_from_rest(top: TopLogits, row: np.ndarray, target: float) -> int:
+    """The token of `row` at which the sum of exp(logit over temperature), the largest logit at 0, passes `target`, where
+    `top` comes first and all others after it, and `top` does not reach it.
+    """
+    inside = np.cumsum(np.exp(_scaled(top), dtype=np.float64))[-1]
+    logits = np.ascontiguousarray(row, dtype=np.float32)
     rest = np.exp((logits - top.logits[0]) / np.float32(top.temperature))
     rest[top.ids] = 0.0
     ends = np.cumsum(rest, dtype=np.float64)
     if ends[-1] <= 0.0:  # nothing is left of the rest but rounding
         return int(top.ids[-1])
-    part = (target - sums[-1]) / max(total - sums[-1], np.finfo(np.float64).tiny)
+    part = (target - inside) / max(np.exp(top.log_sum) - inside, np.finfo(np.float64).tiny)
     place = int(np.searchsorted(ends, min(part, 1.0) * ends[-1], side="right"))
     return place if place < len(rest) else int(np.flatnonzero(rest)[-1])
 

@@ -17,7 +17,7 @@ from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
-from llmx.runtime.step_logits import HostLogits, StepLogits, TopLogits, TopRows
+from llmx.runtime.step_logits import DeviceLogits, HostLogits, StepLogits, TopRows
 
 _DRIFT = 64  # positions that a row which is not meant may wander before it is called back
 
@@ -96,7 +96,7 @@ class DeviceBackend:
         elif temperature == 0:
             self._joined[slot] = (token, end)
         best, score = np.array([token]), np.array([logit], np.float32)
-        return _DeviceStep(self, self._read_prompt_rows, best, score, top, np.full(1, temperature, np.float32))
+        return DeviceLogits(self._read_prompt_rows, best, score, _tops(top, np.full(1, temperature, np.float32)))
 
     def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
         self._begin(slot, token_ids, start)
@@ -113,7 +113,7 @@ class DeviceBackend:
                 top = self._judged_candidates[count] = self._candidates_of(count, logits)
             top.queue(asks, self._options)
             self._memory.synchronize()
-        return _DeviceStep(self, functools.partial(self._read_judged_rows, logits), *judged, top, asks)
+        return DeviceLogits(functools.partial(self._read_judged_rows, logits), *judged, _tops(top, asks))
 
     def _read_judged_rows(self, logits: Buffer, first: int, count: int) -> np.ndarray:
         return self._read_logits(logits.address + first * self._row_bytes, count)
@@ -174,7 +174,7 @@ class DeviceBackend:
             self._join(step, joined, meant)
             self._launch_ahead(step)
         read = functools.partial(self._read_rows, step, tokens, places, meant)
-        return _DeviceStep(self, read, best[:count], scores, top, temperatures)
+        return DeviceLogits(read, best[:count], scores, _tops(top, temperatures))
 
     def _launched(self, step: DecodeStep, token_ids: np.ndarray, lengths: np.ndarray, meant: np.ndarray) -> Any:
         """The step that is asked for: the one that runs ahead, if it is that, or one launched now."""
@@ -299,49 +299,5 @@ class DeviceBackend:
         self._memory.close()
 
 
-class _DeviceStep:
-    """Rows whose most likely tokens are on the host and whose logits are on the device (StepLogits)."""
-
-    def __init__(
-        self,
-        backend: DeviceBackend,
-        read: Callable[[int, int], np.ndarray],
-        best: np.ndarray,
-        scores: np.ndarray,
-        top: CandidatesStep | None,
-        temperatures: np.ndarray | None,
-    ) -> None:
-        """`best` int64 [n] tokens with the logits `scores`; `read(first, count)` fetches rows."""
-        self._backend, self._read, self._best = backend, read, best
-        self._finite = np.isfinite(scores.astype(np.float32))
-        self._top, self._temperatures = top, temperatures
-        self._rows: TopRows | None = None
-
-    def __len__(self) -> int:
-        return len(self._best)
-
-    def row(self, index: int) -> np.ndarray:
-        row: np.ndarray = self._read(index, 1)[0]
-        return row
-
-    def rows(self) -> np.ndarray:
-        return self._read(0, len(self._best))
-
-    def greedy(self, index: int) -> int | None:
-        return int(self._best[index]) if self._finite[index] else None
-
-    def top(self, index: int) -> TopLogits | None:
-        rows = self.tops()
-        if rows is None or rows.temperatures[index] <= 0:
-            return None
-        log_sum, temperature = float(rows.log_sums[index]), float(rows.temperatures[index])
-        return TopLogits(rows.ids[index], rows.logits[index], log_sum, temperature)
-
-    def tops(self) -> TopRows | None:
-        if self._rows is None and self._top is not None and self._temperatures is not None:
-            top, count = self._top, len(self._best)
-            ids, logits = top.ids[:count], top.logits[:count]
-            order = np.lexsort((ids, -logits), axis=-1)  # the device may list equals in another order
-            ids, logits = np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
-            self._rows = TopRows(ids, logits, top.log_sums[:count].copy(), self._temperatures)
-        return self._rows
+def _tops(step: CandidatesStep | None, temperatures: np.ndarray | None) -> Callable[[], TopRows] | None:
+    return None if step is None or temperatures is None else functools.partial(step.tops, temperatures)

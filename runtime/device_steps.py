@@ -18,6 +18,7 @@ import numpy as np
 from llmx.runtime.device_memory import Buffer, DeviceMemory
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import GraphInfo, Manifest, TensorInfo
+from llmx.runtime.step_logits import TopRows
 
 #: Positions past max_length that every slot's buffer has: rows that are not meant, warm-up runs and steps that run ahead
 #: write there at most.
@@ -212,3 +213,8 @@ class CandidatesStep:
             self._launch = self._memory.capture(run)
         self._memory.launch(self._launch)
         self._memory.download(self._host, self._device.address)
+
+    def tops(self, temperatures: np.ndarray) -> TopRows:
+        """What the graph found, of as many rows as there are `temperatures`; valid until it is queued again."""
+        count = len(temperatures)
+        return TopRows(self.ids[:count], self.logits[:count], self.log_sums[:count], temperatures)

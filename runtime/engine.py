@@ -13,6 +13,7 @@ from llmx.runtime.backend import Backend
 from llmx.runtime.beam_requests import check_slots, make_group
 from llmx.runtime.best_of import scored
 from llmx.runtime.candidates import WHOLE_ROW, asked
+from llmx.runtime.detokenizer import IncrementalDetokenizer
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.history import History
@@ -22,7 +23,7 @@ from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
-from llmx.runtime.sampling import make_generator
+from llmx.runtime.sampling import make_generator, restricted_until
 from llmx.runtime.scheduler import Plan, Request, Scheduler, Sequence
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.step_decode import DecodeStage
@@ -31,7 +32,7 @@ from llmx.runtime.step_output import OutputStage
 from llmx.runtime.step_prefill import PrefillStage
 from llmx.runtime.stopping import StopChecker
 from llmx.runtime.structured import StructuredOutputsParams
-from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Engine:
         prefix_cache_bytes: int = 0,
         speculator: Speculator | None = None,
     ) -> None:
-        self.backend, self.speculator = backend, speculator
+        self.speculator = speculator
         self.seq2seq = seq2seq
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size)
@@ -68,6 +69,7 @@ class Engine:
         self._decode = DecodeStage(backend, self.scheduler, speculator, self.masks, self._prefill)
         self._arrivals: list[Request] = []
         self._live: list[Request] = []
+        self._dropped = 0  # sequences that had ended when `_live` was last looked through
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._ended: Callable[[], LlmxError] | None = None
@@ -102,6 +104,12 @@ class Engine:
         )
         request.undecided = params.num_samples > params.n
         drawn = scored(params) if request.undecided else params
+        ends = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(self.tokenizer.info.eos_token_ids)
+        )
+        plain = (
+            not (searches or request.undecided or params.stop_strings or form is not None) and params.logprobs is None
+        )
         context = prompt_ids if source is None else []  # a decoder's prompt is no text that the output goes on from
         for index in range(count):
             seed = None if params.seed is None else (params.seed + index) % 2**64
@@ -117,6 +125,10 @@ class Engine:
                     StopChecker(params.stop_strings, params.include_stop_str_in_output),
                     History(prompt_ids, rules, grammars[index]),
                     asks=WHOLE_ROW if searches else asked(drawn),
+                    whole_until=restricted_until(drawn, rules),
+                    ends=ends,
+                    longest=min(longest, len(prompt_ids) + (params.max_tokens or 0)),
+                    plain=plain,
                 )
             )
         if searches:
@@ -124,6 +136,8 @@ class Engine:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         request.metrics.arrival = time.perf_counter()
+        if params.max_time is not None:
+            request.deadline = request.metrics.arrival + params.max_time
         request.metrics.num_prompt_tokens = len(prompt_ids if source is None or source.ndim > 1 else source)
         with self._lock:
             if self._ended is not None:
@@ -141,6 +155,16 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request; its slots are free before the next step runs."""
         request.cancelled = True
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the model; another may take its place between two steps."""
+        return self.output.backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        for stage in (self.output, self._prefill, self._decode):
+            stage.backend = backend
 
     @property
     def num_output_tokens(self) -> int:
@@ -173,7 +197,7 @@ class Engine:
             )
             self._end(reason, [*self._live, *arrivals])
             raise
-        self._live = [request for request in self._live if not request.finished]
+        self._forget_ended()
 
     def end_all(self, kind: type[LlmxError], reason: str) -> None:
         """End every request, running or queued, with `kind(reason)`, and refuse later ones. No step may be in progress."""
@@ -214,7 +238,9 @@ class Engine:
         for prefill in plan.prefills:
             if prefill.sequence.slot is not None:  # its request may have failed in this very step
                 self._prefill.run(prefill)
-        decoding = [s for s in plan.decode if s.slot is not None]
+        decoding = plan.decode
+        if plan.prefills or plan.forks:
+            decoding = [s for s in decoding if s.slot is not None]
         if decoding:
             self._decode.run(decoding)
 
@@ -231,8 +257,14 @@ class Engine:
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
                         self.output.finish(sequence, "abort", None, "", new=False)
-            elif request.params.max_time is not None and request.beams is None and now >= request.deadline:
+            elif now >= request.deadline and request.beams is None:
                 for sequence in request.sequences:
                     if sequence.finish_reason is None:
                         self.output.finish(sequence, "length", "max_time", "", new=False)
-        self._live = [request for request in self._live if not request.finished]
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        if self.scheduler.num_dropped != self._dropped:  # else all go on that did
+            self._dropped = self.scheduler.num_dropped
+            self._live = [request for request in self._live if not request.finished]
+            self._decode.forget()

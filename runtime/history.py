@@ -51,6 +51,10 @@ class History:
         twin._ngrams = None if self._ngrams is None else self._ngrams.copy()
         return twin
 
+    @property
+    def has_grammar(self) -> bool:
+        return self._grammar is not None
+
     def grammar(self) -> Grammar | None:
         """Where the output stands in its grammar; None where it has none. Raises RequestError where that broke."""
         if self._grammar is not None:

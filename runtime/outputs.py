@@ -112,7 +112,7 @@ class RequestOutput:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # made for every token, so not frozen: that takes three times as long
 class StreamPiece:
     """New text and tokens of one continuation. The last piece of each carries `finish_reason`.
 

@@ -7,6 +7,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from llmx.runtime.filters import Candidates, all_of, filtered
 from llmx.runtime.history import History
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.processors import has_penalties, processed
+from llmx.runtime.rules import Rules
 
 _BLOCK = 1024  # probabilities summed at a time when drawing
 _FEW = 8  # a part of the vocabulary smaller than 1 / this is picked out, a larger one masked
@@ -121,11 +123,14 @@ def needs_full_row(params: SamplingParams, history: History | None = None) -> bo
 
 def is_restricted(params: SamplingParams, history: History) -> bool:
     """Whether the rules of the next token need the whole row, whatever the other parameters do."""
-    rules = history.rules
-    restricted = (
-        rules.suppressed or rules.forced_last is not None or (rules.suppressed_first and not history.num_output)
-    )
-    return bool(restricted) or history.num_output < (params.min_tokens or 0)
+    return history.num_output < restricted_until(params, history.rules)
+
+
+def restricted_until(params: SamplingParams, rules: Rules) -> float:
+    """The length of an output from which on `is_restricted` is False."""
+    if rules.suppressed or rules.forced_last is not None:
+        return math.inf
+    return max(params.min_tokens or 0, 1 if rules.suppressed_first else 0)
 
 
 def draw(c: Candidates, generator: np.random.Generator) -> int:

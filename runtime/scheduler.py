@@ -31,18 +31,27 @@ class Sequence:
     stop: StopChecker
     history: History
     asks: float = -1.0  # what a decode step is told that this sequence needs of its row (`Backend.decode`)
+    whole_until: float = 0  # outputs shorter than that need the whole row instead (`restricted_until`)
+    ends: frozenset[int] = frozenset()  # tokens that end it
+    longest: int = 0  # tokens, prompt and output, at which it ends
+    plain: bool = False  # nothing but `ends` and `longest` ends it, and a piece is a token and its text
     slot: int | None = None
     num_cached: int = 0
     turn: int = 0  # in which order sequences got their slots
     parked: bool = False  # holds a slot and runs nothing: a beam that waits for the prompt's state
     speculation: Any = None  # a Progress, where guesses are made
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
-    text: str = ""
+    texts: list[str] = field(default_factory=list)  # the output's text, piece by piece
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     score: float | None = None  # a finished beam's
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+
+    @property
+    def text(self) -> str:
+        """The output's text so far."""
+        return "".join(self.texts)
 
     @property
     def tokens(self) -> list[int]:
@@ -86,16 +95,11 @@ class Request:
     session: Any = None  # the Session that it continues
     beams: Any = None  # a BeamGroup: the sequences are its beams until it is done, then its best outputs
     undecided: bool = False  # `best_of`: the sequences are all that are drawn until it is known which are the best
+    deadline: float = math.inf  # when its time is up, on the clock of its metrics
 
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
-
-    @property
-    def deadline(self) -> float:
-        """When its time is up, on the clock of its metrics."""
-        limit = self.params.max_time
-        return math.inf if limit is None else self.metrics.arrival + limit
 
     @property
     def finished(self) -> bool:
@@ -111,45 +115,60 @@ class SlotPool:
     """Owns the slots: each is free or held by one sequence."""
 
     def __init__(self, slots: int) -> None:
-        self._held: list[Sequence | None] = [None] * slots
+        self._slots: list[Sequence | None] = [None] * slots
+        self._holders: list[Sequence] = []  # in slot order; a new list for each change, as other threads look at it
+        #: Changes whenever a slot changes hands.
+        self.version = 0
+
+    def _set(self, slot: int, holder: Sequence | None) -> None:
+        self._slots[slot] = holder
+        self._holders = [holder for holder in self._slots if holder is not None]
+        self.version += 1
 
     def acquire(self, sequence: Sequence) -> bool:
         """Give `sequence` the lowest free slot; False where none is free."""
-        for slot, holder in enumerate(self._held):
+        for slot, holder in enumerate(self._slots):
             if holder is None:
-                self._held[slot], sequence.slot = sequence, slot
+                self._set(slot, sequence)
+                sequence.slot = slot
                 return True
         return False
 
     def release(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None and self._held[sequence.slot] is sequence
-        self._held[sequence.slot], sequence.slot = None, None
+        assert sequence.slot is not None and self._slots[sequence.slot] is sequence
+        self._set(sequence.slot, None)
+        sequence.slot = None
 
     def move(self, sequence: Sequence, slot: int) -> None:
         """`sequence` now lives in the free slot `slot` (its state has been copied there)."""
-        assert sequence.slot is not None and self._held[slot] is None
-        self._held[sequence.slot], self._held[slot], sequence.slot = None, sequence, slot
+        assert sequence.slot is not None and self._slots[slot] is None
+        self._set(sequence.slot, None)
+        self._set(slot, sequence)
+        sequence.slot = slot
 
     def clear(self) -> None:
         """Free every slot."""
-        self._held = [None] * len(self._held)
+        for slot in range(len(self._slots)):
+            self._set(slot, None)
 
     def held(self) -> list[Sequence]:
-        """Holders in slot order."""
-        return [holder for holder in self._held if holder is not None]
+        """Holders in slot order. The list stays as it is: after a change there is another one."""
+        return self._holders
 
     @property
     def num_free(self) -> int:
-        return self._held.count(None)
+        return len(self._slots) - len(self.held())
 
     @property
     def num_rows(self) -> int:
         """One more than the highest slot held."""
-        return max((s.slot + 1 for s in self.held() if s.slot is not None), default=0)
+        held = self.held()
+        return 0 if not held or held[-1].slot is None else held[-1].slot + 1
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless holders and slots name each other."""
-        for slot, holder in enumerate(self._held):
+        assert self._holders == [holder for holder in self._slots if holder is not None]
+        for slot, holder in enumerate(self._slots):
             assert holder is None or holder.slot == slot, f"slot {slot}"
         holders = self.held()
         assert len({id(s) for s in holders}) == len(holders), "one sequence in two slots"
@@ -192,12 +211,17 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefill_chunk = prefill_chunk
         self._turns = itertools.count()
+        self._steady: tuple[int, Plan] | None = None  # a plan in which all decode, and the pool's version then
+        #: Sequences that have ended so far.
+        self.num_dropped = 0
 
     def add(self, request: Request) -> None:
         self.waiting.extend(request.sequences)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a finished sequence wherever it is."""
+        self.num_dropped += 1
+        self._steady = None
         if sequence.slot is not None:
             self.pool.release(sequence)
         elif sequence in self.waiting:
@@ -227,7 +251,7 @@ class Scheduler:
         executes the plan.
         """
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence in list(self.waiting) if admit else []:
+        for sequence in list(self.waiting) if admit and self.pool.num_free else []:
             if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
                 continue  # its sibling is computing the state that this one will copy
             if sequence.request.beams is not None:
@@ -242,12 +266,16 @@ class Scheduler:
             if twin is not None:
                 sequence.num_cached = sequence.num_prompt
                 forks.append((twin, sequence))
+        if self._steady is not None and self._steady[0] == self.pool.version:
+            return self._steady[1]  # who decodes goes on decoding for as long as it holds its slot
         moves = self._compaction()
         forked = {id(s) for _, s in forks}
         held = self.pool.held()
         # A sequence without output waits for its twin's prompt logits, which the engine hands it with the fork.
         decoding = [s for s in held if not s.prefilling and s.num_output > 0 and id(s) not in forked]
-        return Plan(self._prefills(held), forks, moves, decoding)
+        plan = Plan(self._prefills(held), forks, moves, decoding)
+        self._steady = (self.pool.version, plan) if len(decoding) == len(held) and not moves else None
+        return plan
 
     def _prefills(self, held: list[Sequence]) -> list[PrefillPlan]:
         """The next chunks of the oldest prompts: one in any case, more while they fit the budget."""

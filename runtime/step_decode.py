@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
 from llmx.runtime.beam_requests import advance as advance_beams
-from llmx.runtime.candidate_rows import choose_rows
+from llmx.runtime.candidate_rows import Rows
+from llmx.runtime.candidates import WHOLE_ROW
 from llmx.runtime.masks_ahead import MasksAhead
 from llmx.runtime.scheduler import Scheduler, Sequence
 from llmx.runtime.speculator import Speculator
@@ -29,13 +31,15 @@ class DecodeStage:
     ) -> None:
         self.backend, self.scheduler, self.speculator, self.masks = backend, scheduler, speculator, masks
         self._prefill, self.output = prefill, prefill.output
+        self._batch = _Batch([])
 
     def run(self, sequences: list[Sequence]) -> None:
         """Take a step with each of the sequences, which hold slots."""
-        behind = [sequence for sequence in sequences if self._prefill.catch_up(sequence)]
-        sequences = [s for s in sequences if s.slot is not None and s not in behind]
-        if not sequences:
-            return
+        behind = [s for s in sequences if s.num_cached + 1 < len(s.history.tokens) and self._prefill.catch_up(s)]
+        if behind:
+            sequences = [s for s in sequences if s.slot is not None and s not in behind]
+            if not sequences:
+                return
         start = time.perf_counter()
         self._decode_rows(sequences)
         if self.speculator is not None and not behind:
@@ -44,45 +48,80 @@ class DecodeStage:
     def _decode_rows(self, sequences: list[Sequence]) -> None:
         """One token for each of the sequences, or several where guesses stand."""
         rows = self.scheduler.pool.num_rows
-        tokens, lengths, active = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(rows, bool)
-        temperatures = np.zeros(rows, np.float32)
-        for idle in self.scheduler.pool.held():
-            # a row in prefill keeps its length: what it writes there is overwritten
-            lengths[idle.slot] = min(idle.num_cached, self.backend.max_length - 1)
         if self.speculator is not None:
-            rest = self.speculator.run(sequences, lengths, self.output.take)
+            rest = self.speculator.run(sequences, self._lengths(rows, []), self.output.take)
             if rest is not sequences:
                 sequences = [s for s in rest if s.slot is not None]
                 if not sequences:
                     return
-                for sequence in self.scheduler.pool.held():
-                    lengths[sequence.slot] = min(sequence.num_cached, self.backend.max_length - 1)
-        for sequence in sequences:
-            if sequence.num_cached == self.backend.recompute_at:
-                assert sequence.slot is not None
-                cached = np.array(sequence.tokens[: sequence.num_cached], np.int64)
-                recompute(self.backend, sequence.slot, cached, self.scheduler.prefill_chunk)
-                sequence.recomputed = True
-            tokens[sequence.slot] = sequence.tokens[-1]
-            lengths[sequence.slot] = sequence.num_cached
-            active[sequence.slot] = True
-            temperatures[sequence.slot] = asked_now(sequence)
-        with span("decode"), self.masks.during([s.history for s in sequences]):
-            logits = self.backend.decode(tokens, lengths, active, temperatures)
+        if self.backend.recompute_at is not None:
+            for sequence in sequences:
+                self._recompute(sequence)
+        batch = self._batch = self._batch if self._batch.is_of(sequences) else _Batch(sequences)
+        tokens, active = np.zeros(rows, np.int64), np.zeros(rows, bool)
+        tokens[batch.slots] = [s.history.tokens[-1] for s in sequences]
+        active[batch.slots] = True
+        temperatures = np.zeros(rows, np.float32)
+        temperatures[batch.slots] = batch.asks
+        lengths = self._lengths(rows, sequences)
+        with span("decode"):
+            if batch.histories:
+                with self.masks.during(batch.histories):
+                    logits = self.backend.decode(tokens, lengths, active, temperatures)
+            else:
+                logits = self.backend.decode(tokens, lengths, active, temperatures)
         with span("sample"):
-            choices = choose_rows(
-                logits,
-                [
-                    (s.slot, s.params, s.generator, float(temperatures[s.slot]))
-                    for s in sequences
-                    if s.slot is not None and s.request.beams is None
-                ],
-            )
-        for sequence in sequences:
-            slot = sequence.slot
-            if slot is not None:  # else a sibling's failure has just ended its request
-                sequence.num_cached += 1
-                if sequence.request.beams is None:
-                    self.output.advance(sequence, logits, slot, choices.get(slot))
-        for request in {s.request.id: s.request for s in sequences if s.request.beams is not None}.values():
-            advance_beams(self.output, request, [logits.row(beam.slot) for beam in request.beams.beams])
+            chosen = batch.rows.choose(logits)
+        self.output.advance_rows(sequences, logits, chosen)
+        if batch.searches:
+            for request in {s.request.id: s.request for s in sequences if s.request.beams is not None}.values():
+                advance_beams(self.output, request, [logits.row(beam.slot) for beam in request.beams.beams])
+
+    def forget(self) -> None:
+        """Keep nothing of the last step's sequences."""
+        self._batch = _Batch([])
+
+    def _lengths(self, rows: int, sequences: list[Sequence]) -> np.ndarray:
+        """int64 [rows]: positions that the slots hold, those of `sequences`, which decode, and all others."""
+        lengths = np.zeros(rows, np.int64)
+        held = self.scheduler.pool.held()
+        if len(sequences) != len(held):
+            # a row in prefill keeps its length: what it writes there is overwritten
+            lengths[_slots(held)] = [min(s.num_cached, self.backend.max_length - 1) for s in held]
+        lengths[_slots(sequences)] = [s.num_cached for s in sequences]
+        return lengths
+
+    def _recompute(self, sequence: Sequence) -> None:
+        if sequence.num_cached == self.backend.recompute_at:
+            assert sequence.slot is not None
+            cached = np.array(sequence.tokens[: sequence.num_cached], np.int64)
+            recompute(self.backend, sequence.slot, cached, self.scheduler.prefill_chunk)
+            sequence.recomputed = True
+
+
+def _slots(sequences: list[Sequence]) -> list[int]:
+    return [s.slot for s in sequences if s.slot is not None]
+
+
+class _Batch:
+    """The rows of a step, and what stays the same while they do."""
+
+    def __init__(self, sequences: list[Sequence]) -> None:
+        self._sequences = sequences
+        self.slots = _slots(sequences)
+        self.asks = [asked_now(s) for s in sequences]
+        self.histories = [s.history for s in sequences if s.history.has_grammar]
+        self.searches = any(s.request.beams is not None for s in sequences)
+        # a search gives its beams other histories; a short output asks for other things than a longer one
+        self._changes = self.searches or any(s.num_output < s.whole_until < math.inf for s in sequences)
+        # a beam's row is read whole, by its search
+        self.rows = Rows(
+            self.slots,
+            [s.params for s in sequences],
+            [s.generator for s in sequences],
+            [WHOLE_ROW if s.request.beams is not None else ask for s, ask in zip(sequences, self.asks, strict=True)],
+        )
+
+    def is_of(self, sequences: list[Sequence]) -> bool:
+        """Whether it can be used for a step of `sequences` as they are now."""
+        return not self._changes and self._sequences == sequences and self.slots == _slots(sequences)

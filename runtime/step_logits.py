@@ -7,6 +7,7 @@ copy and the rows are all there is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +58,10 @@ class StepLogits(Protocol):
         """
         ...
 
+    def best(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """`greedy` of every row, where they are known: tokens int64 [n], and whether each row is finite, bool [n]."""
+        ...
+
     def top(self, index: int) -> TopLogits | None:
         """A row's likeliest tokens at the temperature that the step was given, where they are known; None: read the row."""
         ...
@@ -89,11 +94,73 @@ class HostLogits:
         best = int(row.argmax())  # NaN counts as the largest
         return best if math.isfinite(row[best]) else None
 
+    def best(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return None
+
     def top(self, index: int) -> TopLogits | None:
         return None
 
     def tops(self) -> TopRows | None:
         return None
+
+
+class DeviceLogits:
+    """Rows whose most likely tokens are on the host, and whose logits are on a device."""
+
+    def __init__(
+        self,
+        read: Callable[[int, int], np.ndarray],
+        best: np.ndarray,
+        scores: np.ndarray,
+        tops: Callable[[], TopRows] | None = None,
+    ) -> None:
+        """`best` int64 [n] tokens with the logits `scores`; `read(first, count)` fetches rows; `tops()` lists the likeliest
+        of each, largest first, equals in any order.
+        """
+        self._read, self._best, self._tops = read, best, tops
+        self._finite = np.isfinite(scores.astype(np.float32))
+        self._rows: TopRows | None = None
+
+    def __len__(self) -> int:
+        return len(self._best)
+
+    def row(self, index: int) -> np.ndarray:
+        row: np.ndarray = self._read(index, 1)[0]
+        return row
+
+    def rows(self) -> np.ndarray:
+        return self._read(0, len(self._best))
+
+    def greedy(self, index: int) -> int | None:
+        return int(self._best[index]) if self._finite[index] else None
+
+    def best(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return self._best, self._finite
+
+    def top(self, index: int) -> TopLogits | None:
+        rows = self.tops()
+        if rows is None or rows.temperatures[index] <= 0:
+            return None
+        log_sum, temperature = float(rows.log_sums[index]), float(rows.temperatures[index])
+        return TopLogits(rows.ids[index], rows.logits[index], log_sum, temperature)
+
+    def tops(self) -> TopRows | None:
+        if self._rows is None and self._tops is not None:
+            self._rows = _ordered(self._tops())
+        return self._rows
+
+
+def _ordered(rows: TopRows) -> TopRows:
+    """`rows` with lower ids first among equals. Few rows have equals in another order, and only those are sorted."""
+    ids, logits = rows.ids, rows.logits
+    wrong = ((logits[:, :-1] < logits[:, 1:]) | ((logits[:, :-1] == logits[:, 1:]) & (ids[:, :-1] > ids[:, 1:]))).any(1)
+    if not wrong.any():
+        return rows
+    ids, logits = ids.copy(), logits.copy()
+    order = np.lexsort((ids[wrong], -logits[wrong]), axis=-1)
+    ids[wrong] = np.take_along_axis(ids[wrong], order, 1)
+    logits[wrong] = np.take_along_axis(logits[wrong], order, 1)
+    return TopRows(ids, logits, rows.log_sums, rows.temperatures)
 
 
 class HostPrefill:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.best_of import decide
+from llmx.runtime.candidate_rows import Chosen
 from llmx.runtime.candidates import WHOLE_ROW, choose_from_step
 from llmx.runtime.outputs import Logprob, StreamPiece
-from llmx.runtime.sampling import Choice, choose, is_restricted, with_logprobs
+from llmx.runtime.sampling import Choice, choose, with_logprobs
 from llmx.runtime.scheduler import Request, Scheduler, Sequence
 from llmx.runtime.step_logits import StepLogits
 from llmx.runtime.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from llmx.runtime.tracing import span
 
 def asked_now(sequence: Sequence) -> float:
     """What the next step's row will be asked for (`Backend.decode`'s temperatures)."""
-    return WHOLE_ROW if is_restricted(sequence.params, sequence.history) else sequence.asks
+    return WHOLE_ROW if sequence.num_output < sequence.whole_until else sequence.asks
 
 
 class OutputStage:
@@ -30,9 +31,59 @@ class OutputStage:
         #: Tokens generated so far, those of running requests included.
         self.num_tokens = 0
 
-    def advance(self, sequence: Sequence, logits: StepLogits, row: int, choice: Choice | None = None) -> None:
-        """Choose the next token from row `row` of `logits` (`choice`, where it was), and find out whether the sequence goes on."""
-        self.take(sequence, lambda: choice or self._choose(sequence, logits, row))
+    def advance(self, sequence: Sequence, logits: StepLogits, row: int, chosen: Chosen = None) -> None:
+        """Choose the next token from row `row` of `logits` (unless it is `chosen`), and find out whether the sequence goes on."""
+        if chosen is None:
+            self.take(sequence, lambda: self._choose(sequence, logits, row))
+        else:
+            self.take(sequence, (lambda: Choice(chosen)) if isinstance(chosen, int) else chosen)
+
+    def advance_rows(self, sequences: list[Sequence], logits: StepLogits, chosen: list[Chosen]) -> None:
+        """`advance` for the sequences of a step, each by the row of its slot: the state has grown by the token before.
+
+        Of searches only that is noted. The common case, a `plain` sequence that goes on, is written out here, as every
+        microsecond counts as often as there are tokens.
+        """
+        others: list[tuple[Sequence, Chosen]] = []
+        with span("detokenise"):
+            self._extend(sequences, chosen, others)
+        for sequence, token in others:
+            if sequence.slot is not None:  # else a sibling's failure has just ended its request
+                self.advance(sequence, logits, sequence.slot, token)
+
+    def _extend(self, sequences: list[Sequence], chosen: list[Chosen], others: list[tuple[Sequence, Chosen]]) -> None:
+        """Append the tokens of plain sequences that go on; `others` gets the rest but for searches."""
+        now = time.perf_counter()
+        for sequence, token in zip(sequences, chosen, strict=True):
+            if sequence.slot is None:  # a sibling's failure has just ended its request
+                continue
+            sequence.num_cached += 1
+            tokens, request = sequence.history.tokens, sequence.request
+            if (
+                not sequence.plain
+                or not isinstance(token, int)
+                or token in sequence.ends
+                or len(tokens) + 1 >= sequence.longest
+            ):
+                if request.beams is None:
+                    others.append((sequence, token))
+                continue
+            tokens.append(token)
+            try:
+                text = sequence.detokenizer.push(token)
+            except Exception as error:
+                self.fail(request, error)
+                continue
+            sequence.texts.append(text)
+            metrics = request.metrics
+            metrics.last_token = now
+            metrics.num_output_tokens += 1
+            self.num_tokens += 1
+            if request.emit is not None:
+                try:
+                    request.emit(StreamPiece(text, [token], sequence.index))
+                except Exception:
+                    request.emit, request.cancelled = None, True
 
     def take(self, sequence: Sequence, pick: Callable[[], Choice]) -> bool:
         """The next token is what `pick` chooses; whether the sequence goes on.
@@ -64,24 +115,23 @@ class OutputStage:
 
     def _accept(self, sequence: Sequence, token: int, logprobs: list[dict[int, Logprob]] | None) -> None:
         """`token` is the next of the output: show what it says, and find out whether the sequence goes on."""
-        params, info = sequence.params, self.tokenizer.info
+        params = sequence.params
         early = sequence.num_output < (params.min_tokens or 0)
         self._count(sequence)
         sequence.history.append(token)
-        if token in params.stop_token_ids or (token in info.eos_token_ids and not params.ignore_eos):
+        if token in sequence.ends:
             reason = token if token in params.stop_token_ids else None
             self.finish(sequence, "stop", reason, sequence.stop.push(sequence.detokenizer.finish()), logprobs)
             return
         with span("detokenise"):
             text = sequence.detokenizer.push(token)
         shown = text if early else sequence.stop.push(text)
-        full = len(sequence.tokens) >= self.backend.max_length
         grammar = sequence.history.grammar()
         if sequence.stop.matched is not None:
             self.finish(sequence, "stop", sequence.stop.matched, shown, logprobs)
         elif grammar is not None and grammar.finished:
             self.finish(sequence, "stop", None, shown, logprobs)
-        elif full or sequence.num_output >= (params.max_tokens or 0):
+        elif len(sequence.tokens) >= sequence.longest:
             self.finish(sequence, "length", None, shown, logprobs)
         else:
             self.emit(sequence, shown, [token], logprobs)
@@ -148,7 +198,7 @@ class OutputStage:
 
     def emit(self, sequence: Sequence, text: str, ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> None:
         """Show new text and tokens."""
-        sequence.text += text
+        sequence.texts.append(text)
         request = sequence.request
         if request.emit is not None and not request.undecided:
             metrics = request.metrics if sequence.finish_reason is not None and request.finished else None

@@ -75,7 +75,7 @@ def test_every_request_is_measured_from_its_start_and_in_the_whole_batch(
 
 
 def test_the_share_outside_of_the_run_call_is_seen(traced: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmx.runtime.tokenizer import IncrementalDetokenizer
+    from llmx.runtime.detokenizer import IncrementalDetokenizer
 
     point, real = speed.Point(8, 6), IncrementalDetokenizer.push
 

@@ -28,7 +28,8 @@ def test_phases_operators_and_the_time_line(demo: Path, tmp_path: Path) -> None:
     profile = json.loads(file.read_text())["otherData"]
     calls = {p["name"]: p["calls"] for p in profile["phases"]}
     assert calls["load"] == calls["tokenise"] == calls["prefill"] == 1
-    assert calls["decode"] == 11 and calls["sample"] >= calls["detokenise"] == calls["step"] == 12
+    assert calls["decode"] == 11 and calls["step"] == 12
+    assert calls["sample"] >= 12 and calls["detokenise"] >= 12
     inner = ("prefill", "decode", "sample", "detokenise", "schedule and the rest")
     assert seconds(profile, *inner) == pytest.approx(seconds(profile, "step"))
     whole = seconds(profile, "load", "tokenise", "step", "the rest (imports, printing)")

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmx.runtime import PackageError, RequestError
 from llmx.runtime.chat import ChatTemplate
+from llmx.runtime.detokenizer import IncrementalDetokenizer
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.stopping import StopChecker
-from llmx.runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+from llmx.runtime.tokenizer import Tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 

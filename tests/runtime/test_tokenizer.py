@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from llmx.runtime.detokenizer import REPLACEMENT, IncrementalDetokenizer
 from llmx.runtime.errors import PackageError, RequestError
 from llmx.runtime.manifest import TokenizerInfo
-from llmx.runtime.tokenizer import REPLACEMENT, IncrementalDetokenizer, Tokenizer, clean_up_spaces
+from llmx.runtime.tokenizer import Tokenizer, clean_up_spaces
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 

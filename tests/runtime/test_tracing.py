@@ -22,9 +22,9 @@ def test_spans_of_a_generation(demo: Path, tmp_path: Path) -> None:
     chunks = -(-len(a.prompt_token_ids) // 16) + 3
     assert len(trace.named("prefill")) == len(trace.named("run prefill")) == chunks
     assert len(trace.named("decode")) == len(trace.named("run decode")) >= 5
-    assert (
-        len(trace.named("sample")) >= len(trace.named("detokenise")) == 12
-    )  # a batch's rows are sampled together first
+    # a batch's rows are sampled, and turned into text, together
+    assert len(trace.named("sample")) >= len(trace.named("decode")) + 2
+    assert len(trace.named("detokenise")) >= len(trace.named("decode")) + 2
     assert len(trace.named("tokenise")) == 1  # the other prompt was tokens
     assert len(trace.named("load tokenizer")) == len(trace.named("load graphs")) == 1
     for name in ("prefill", "decode", "sample", "detokenise"):
