@@ -188,7 +188,7 @@ class OrtBackend(HostPrefill):
         step.feed("input_ids", token_ids[:, None])
         step.feed("position_ids", lengths[:, None])
         step.feed("seqlens_k", lengths)
-        step.feed("total_sequence_length", lengths.max() + 1)
+        step.feed("total_sequence_length", (lengths[0] if rows == 1 else lengths.max()) + 1)
         if self.state_by_length:
             step.feed("rope_lengths", lengths[:, None] + 1)
         return HostLogits(step.run(self._run_options)[:, 0])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.errors import LlmxError
-from llmx.runtime.sampling import distribution, draw, needs_full_row
+from llmx.runtime.sampling import distribution, draw
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import Guess
+from llmx.runtime.step_output import asked_now
 
 
 class DraftModel:
@@ -25,6 +26,7 @@ class DraftModel:
         self._vocab = vocab_size
         self._owners: list[Sequence | None] = [None] * backend.slots
         self._held: list[list[int]] = [[] for _ in range(backend.slots)]
+        self._sure = [0] * backend.slots  # of `_held`, tokens that the owner is known to have too: its tokens only grow
 
     def propose(self, wanted: list[tuple[Sequence, int]]) -> list[list[Guess]]:
         self._free_ended()
@@ -77,8 +79,9 @@ class DraftModel:
         """One step of the draft: index in `wanted` -> token, to index -> logits [vocab]."""
         slots = {index: self._owners.index(wanted[index][0]) for index in tokens}
         count = max(slots.values()) + 1
-        ids, lengths, active = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, bool)
-        lengths[:] = [min(len(held), self._backend.max_length - 1) for held in self._held[:count]]
+        ids, active = np.zeros(count, np.int64), np.zeros(count, bool)
+        longest = self._backend.max_length - 1
+        lengths = np.array([min(len(held), longest) for held in self._held[:count]], np.int64)
         for index, slot in slots.items():
             ids[slot], active[slot] = tokens[index], True
         logits = self._backend.decode(ids, lengths, active).rows()
@@ -91,7 +94,7 @@ class DraftModel:
         if sequence in self._owners:
             return self._owners.index(sequence)
         slot = self._owners.index(None)
-        self._owners[slot] = sequence
+        self._owners[slot], self._sure[slot] = sequence, 0
         shared = [common(held, sequence.tokens) for held in self._held]
         best = int(np.argmax(shared))
         if shared[best] > shared[slot]:
@@ -103,9 +106,10 @@ class DraftModel:
         """Compute what `slot` lacks of `tokens`; logits [vocab] after them, or None where only the last is missing, which
         a step shared with others can do.
         """
-        held = self._held[slot]
-        start = min(common(held, tokens), len(tokens) - 1)
+        held, sure = self._held[slot], self._sure[slot]
+        start = min(sure + common(held[sure:], tokens[sure:]), len(tokens) - 1)
         del held[start:]
+        self._sure[slot] = start
         if start == len(tokens) - 1:
             return None
         self.steady = self.steady and start >= len(tokens) - 2  # as after guesses that all stood
@@ -137,7 +141,7 @@ class DraftModel:
 def _draw(row: np.ndarray, sequence: Sequence) -> Guess:
     """A guess from the draft's logits [vocab]. Raises LlmxError."""
     params, history = sequence.params, sequence.history
-    if params.temperature == 0.0 and not needs_full_row(params, history):
+    if asked_now(sequence) == 0.0:
         token = int(row.argmax())
         if np.isfinite(row[token]):
             return Guess(token)

@@ -65,7 +65,7 @@ class Engine:
         if prefix_cache_bytes > 0 and backend.stores_state:
             self.prefix_cache = PrefixCache(backend, self.scheduler.prefill_chunk, prefix_cache_bytes)
         self.output = OutputStage(backend, tokenizer, self.scheduler)
-        self._prefill = PrefillStage(backend, self.scheduler, self.prefix_cache, self.output)
+        self._prefill = PrefillStage(backend, self.scheduler, self.prefix_cache, self.masks, self.output)
         self._decode = DecodeStage(backend, self.scheduler, speculator, self.masks, self._prefill)
         self._arrivals: list[Request] = []
         self._live: list[Request] = []

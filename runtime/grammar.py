@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from llmx.runtime.structured import StructuredOutputsParams
 from llmx.runtime.tokenizer import Tokenizer
 
 _KEPT = 32  # compiled grammars
+_TAKEN_BACK = 64  # tokens whose masks are remembered, should they be taken back and come again
 
 #: Between JSON's signs: one space, or a line break and its indentation. Without a bound a small model may never end.
 _SPACES = r" |\r?\n[ \t]{0,20}"
@@ -27,6 +28,8 @@ class Grammar:
 
     Invariant: the matcher has consumed the output's first `_done` tokens. `_forced` are tokens that must come next, in
     this order, as far as they are known; None: nobody has asked yet. `_mask` is what may come after these `_done` tokens, or None.
+    `_past` are the last tokens with the masks before them, `_ahead` tokens that may come with the masks after them, in order:
+    guesses are looked at twice, when they are made and when they are judged.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, num_words: int) -> None:
@@ -38,30 +41,51 @@ class Grammar:
         self._wrong = False  # a token was consumed that the grammar has no place for
         self._forced: list[int] | None = None
         self._mask: np.ndarray | None = None
+        self._past: deque[tuple[int, np.ndarray | None]] = deque(maxlen=_TAKEN_BACK)
+        self._ahead: deque[tuple[int, np.ndarray | None]] = deque()
 
     def follow(self, tokens: list[int], start: int) -> None:
         """Consume what came since, of the output `tokens[start:]`."""
         for token in tokens[start + self._done :]:
             if self._wrong:
                 return
-            self._mask = None
             known = self._forced
             self._forced = known[1:] if known and known[0] == token and len(known) > 1 else None
             self._wrong = not self._matcher.try_consume_tokens([token])
             self._done += not self._wrong
+            self._past.append((token, self._mask))
+            self._mask = None
+            if self._ahead:
+                expected, mask = self._ahead.popleft()
+                if expected == token:
+                    self._mask = mask
+                else:
+                    self._ahead.clear()
             self._check()
 
     def undo(self, length: int) -> None:
         """Forget all tokens of the output but the first `length`."""
-        self._wrong = False
-        self._forced = self._mask = None
-        if length < self._done:
-            self._matcher.rollback(self._done - length)
-            self._done = length
+        if self._wrong:  # the last token was not consumed
+            self._wrong = False
+            _, self._mask = self._past.pop()
+            self._ahead.clear()
+        if length >= self._done:
+            return
+        self._forced = None
+        for _ in range(min(self._done - length, len(self._past))):
+            token, before = self._past.pop()
+            self._ahead.appendleft((token, self._mask))
+            self._mask = before
+        if not self._past:
+            self._mask = None
+            self._ahead.clear()
+        self._matcher.rollback(self._done - length)
+        self._done = length
 
     def fork(self) -> Grammar:
         twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._num_words)
-        twin._done, twin._wrong, twin._forced = self._done, self._wrong, self._forced
+        twin._done, twin._wrong, twin._forced, twin._mask = self._done, self._wrong, self._forced, self._mask
+        twin._past, twin._ahead = self._past.copy(), self._ahead.copy()
         return twin
 
     @property
@@ -86,6 +110,23 @@ class Grammar:
             self._check()
             assert self._mask is not None
         return self._mask
+
+    def prepare_along(self, tokens: list[int]) -> None:
+        """`prepare`, and the masks after each of `tokens` as far as the grammar has a place for them, should they come next."""
+        if self._mask is None:
+            self.prepare()
+        twin, ahead = self.fork(), deque[tuple[int, np.ndarray | None]]()
+        for token in tokens:
+            if twin._mask is None or not twin._mask[token]:
+                break
+            try:
+                twin.follow([token], -twin._done)
+                if twin._mask is None and not twin.finished and not twin.forced():
+                    twin.prepare()
+            except RequestError:  # whoever comes so far meets it again
+                break
+            ahead.append((token, twin._mask))
+        self._ahead = ahead
 
     def prepare(self) -> None:
         """Compute `mask`, in whichever thread has the time. What is wrong with it, `mask` says."""

@@ -22,16 +22,17 @@ class MasksAhead:
         self._thread: ThreadPoolExecutor | None = None
 
     @contextmanager
-    def during(self, histories: Sequence[History]) -> Iterator[None]:
-        """Compute the masks of those of `histories` that have a grammar while the block runs; nothing else may look at
-        these histories meanwhile.
+    def during(self, histories: Sequence[History], guesses: Sequence[list[int]] = ()) -> Iterator[None]:
+        """Compute the masks of those of `histories` that have a grammar while the block runs; with `guesses`, one list of
+        tokens for each history, those after each guess as well. Nothing else may look at these histories meanwhile.
         """
-        grammars = [g for history in histories if (g := _undecided(history)) is not None]
-        if not grammars:
+        pairs = zip(histories, guesses or [[]] * len(histories), strict=True)
+        work_for = [(g, tokens) for history, tokens in pairs if (g := _undecided(history)) is not None]
+        if not work_for:
             yield
             return
         self._thread = self._thread or ThreadPoolExecutor(1, "llmx-grammar")
-        work: Future[None] = self._thread.submit(_prepare, grammars)
+        work: Future[None] = self._thread.submit(_prepare, work_for)
         try:
             yield
         finally:
@@ -53,6 +54,6 @@ def _undecided(history: History) -> Grammar | None:
         return None
 
 
-def _prepare(grammars: list[Grammar]) -> None:
-    for grammar in grammars:
-        grammar.prepare()
+def _prepare(work: list[tuple[Grammar, list[int]]]) -> None:
+    for grammar, tokens in work:
+        grammar.prepare_along(tokens) if tokens else grammar.prepare()

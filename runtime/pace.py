@@ -7,6 +7,9 @@ from dataclasses import dataclass
 _GAIN = 1.02  # what less gain than this is, is noise
 _WEIGHT = 0.1  # of a new time among those before it
 _STEPS = 3  # plain steps that are timed before passes are compared with them
+_LONGEST = 32.0  # plain steps that a pass, with the reading of a prompt before it, is taken for at most
+_SPENT = 0.01  # of the tokens: what looking again may cost
+_DEBT = 24.0  # tokens lost at which guesses are given up for now, whatever their rate says
 _REFRESH = 64  # passes after which a plain step is timed again
 
 
@@ -56,6 +59,14 @@ class Probe:
         self._first, self._longest, self._passes = first, longest, passes
         self._interval, self._skipped, self._left = first, 0, 0
 
+    def left(self) -> int:
+        """Tokens for which `due` would say no."""
+        return 0 if self._left else max(self._interval - self._skipped - 1, 0)
+
+    def skip(self, tokens: int) -> None:
+        """So many tokens came without a question."""
+        self._skipped += tokens
+
     def paid(self) -> None:
         """Guesses pay."""
         self._interval, self._skipped = max(self._first, self._interval // 2), 0
@@ -104,6 +115,11 @@ class Pace:
             count = self._known[rows] = self._known.get(rows, 0) + 1
             self._fixed[rows] = _moved(known, min(excess, known + 1), max(_WEIGHT, 1 / (count + 1)))
 
+    def lost(self, rows: int, seconds: float, accepted: int) -> float:
+        """Plain tokens that a pass over `rows` rows has cost more than it brought, `accepted` guesses having stood."""
+        plain = self._plain.get(rows)
+        return 0.0 if plain is None else rows * (min(seconds / plain, _LONGEST) - 1) - accepted
+
     def line(self, rows: int) -> tuple[float, float]:
         """As `Costs.line`, as measured last."""
         return 1 + self._fixed.get(rows, self._costs.fixed), self._costs.slope(rows)
@@ -117,6 +133,35 @@ def _moved(known: float, new: float, weight: float = _WEIGHT) -> float:
     return known + weight * (new - known)
 
 
+class Budget:
+    """What guesses that did not pay have cost, in tokens of plain decoding, less what has been earned since: `_SPENT` of each
+    token. With a debt nobody looks again whether guesses pay; with a large one none are made at all.
+    """
+
+    def __init__(self) -> None:
+        self._debt = 0.0
+        self._closed = False
+
+    def earn(self, tokens: int) -> None:
+        if self._debt > 0.0:
+            self._debt -= _SPENT * tokens
+
+    def spend(self, lost: float) -> None:
+        """A pass has lost so much; below 0: won."""
+        self._debt = max(self._debt + lost, 0.0)
+        self._closed = self._closed or self._debt > _DEBT
+
+    @property
+    def spent(self) -> bool:
+        return self._debt > 0.0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether too much was lost, and it is not earned yet."""
+        self._closed = self._closed and self._debt > 0.0
+        return self._closed
+
+
 class Progress:
     """What speculation knows of one sequence: how many guesses stood (recent passes counting most), when to look again,
     and where its n-grams were.
@@ -127,15 +172,27 @@ class Progress:
         self.accepted, self.judged = 2.0 * rate, 2.0
         self.probe = probe or Probe()
         self.idle = False  # guesses do not pay, as far as is known: nothing changes that but a probe
+        self.wake = 0  # tokens, prompt included, before which nothing is to be asked
+        self._asked = 0  # tokens at the last question
         self._ngrams: dict[int, tuple[dict[tuple[int, ...], int], int]] = {}
 
     @property
     def rate(self) -> float:
         return self.accepted / self.judged
 
+    def due(self, length: int, rows: int, earned: bool) -> bool:
+        """Whether to look again, idle and with `length` tokens; `rows` sequences share the probe. Unless it is `earned`, not now.
+        Sets `wake`.
+        """
+        self.probe.skip(max(length - self._asked - 1, 0) if self._asked else 0)
+        self._asked = length
+        due = earned and self.probe.due()
+        self.wake = 0 if due else length + 1 + (self.probe.left() // rows if earned else 16)
+        return due
+
     def note(self, accepted: int, judged: int) -> None:
         """`judged` guesses were looked at, of which all, or all but the last, stood."""
-        self.idle = False
+        self.idle, self._asked = False, 0
         self.accepted, self.judged = 0.9 * self.accepted + accepted, 0.9 * self.judged + judged
 
     def num_guesses(self, most: int, line: tuple[float, float]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from llmx.runtime.draft import DraftModel
 from llmx.runtime.errors import FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.manifest import Manifest, load_manifest
-from llmx.runtime.pace import Costs, Pace, Probe, Progress
+from llmx.runtime.masks_ahead import MasksAhead
+from llmx.runtime.pace import Budget, Costs, Pace, Probe, Progress
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.sampling import Choice, choose, needs_full_row
+from llmx.runtime.sampling import Choice, choose
 from llmx.runtime.scheduler import Sequence
 from llmx.runtime.speculation import (
     Drafter,
@@ -28,6 +30,7 @@ from llmx.runtime.speculation import (
     judge,
 )
 from llmx.runtime.step_logits import HostLogits, StepLogits
+from llmx.runtime.step_output import asked_now
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 #: Bytes of weights up to which a draft runs on one thread: waking others costs more than they save.
 _SMALL = 8 << 20
+_TIMED = 16  # of so many steps without a guess in sight one is timed
 
 #: Appends the token that a function chooses and says whether the sequence goes on.
 Take = Callable[[Sequence, Callable[[], Choice]], bool]
@@ -71,6 +75,10 @@ class Speculator:
         self._count = 0  # guesses for a row of the step in progress
         self._fixed = settings.num_tokens  # guesses that are made in any case
         self._drafting = 0.0  # seconds that the step in progress has spent on guesses
+        self._budget = Budget()
+        self._probing = False  # whether the step in progress looks again
+        self._accepted = 0  # guesses that stood in the step in progress
+        self._resting = 0  # steps since someone was asked for guesses
         #: Passes that judged guesses, guesses, and those that stood, so far.
         self.counts = [0, 0, 0]
 
@@ -88,21 +96,26 @@ class Speculator:
 
     def _num_guesses(self, sequence: Sequence, rows: int) -> int:
         known = sequence.speculation
-        if known is not None and known.idle and self._fixed is None and not known.probe.due():
-            return 0
+        seeded = self._draws and sequence.params.temperature != 0.0 and sequence.params.seed is not None
+        if known is not None and known.idle and self._fixed is None:
+            shared = rows if known.probe is self._probe else 1
+            if not known.due(len(sequence.history.tokens), shared, seeded or not self._budget.spent):
+                return 0
         most = self._most(sequence)
         if most <= 0:
             return 0
-        seeded = self._draws and sequence.params.temperature != 0.0 and sequence.params.seed is not None
         if known is None:
             known = sequence.speculation = Progress() if seeded else self._progress()
         if self._fixed is not None:
             return most
         if known.idle:  # a probe is due
-            known.idle = False
+            known.idle, self._probing = False, True
             return 1
         if seeded:
             return int(known.num_guesses(most, self.costs.line()))
+        if self._budget.exhausted:
+            known.idle = True
+            return 0
         return 0 if self.pace.stale(rows) else int(known.num_guesses(most, self.pace.line(rows)))
 
     def _most(self, sequence: Sequence) -> int:
@@ -123,14 +136,28 @@ class Speculator:
 
     def note_step(self, rows: int, seconds: float) -> None:
         """The step of `rows` sequences that `run` began took so long in all."""
+        if self._resting % _TIMED:
+            return
         if self._drafter.steady or not self._count:
             self.pace.note(rows, self._count, seconds)
+        if self._count and (
+            self._drafter.steady or self._probing
+        ):  # a prompt is read for what is to come, unless by a probe
+            self._budget.spend(self.pace.lost(rows, seconds, self._accepted))
 
-    def run(self, sequences: list[Sequence], lengths: np.ndarray, take: Take) -> list[Sequence]:
+    def run(
+        self, sequences: list[Sequence], lengths: Callable[[], np.ndarray], take: Take, masks: MasksAhead
+    ) -> list[Sequence]:
         """Decode those of `sequences` that have guesses; the others, which are to decode plainly.
 
-        `lengths`, int64 [n]: positions that each of the slots 0 … n - 1 holds.
+        `lengths`: makes int64 [n], the positions that each of the slots 0 … n - 1 holds.
         """
+        self._budget.earn(len(sequences))
+        if self._rest(sequences):
+            self._resting, self._count = self._resting + 1, 0
+            return sequences
+        self._resting = self._accepted = 0
+        self._probing = False
         guesses = self.guess(sequences)
         self._count = max((len(guessed) for guessed in guesses.values()), default=0)
         if not guesses:
@@ -138,24 +165,34 @@ class Speculator:
         if len(guesses) > 1 and self._backend.verifies_batches:
             turn = self._backend.recompute_at
             together = [s for s in sequences if s.num_cached != turn and s.request.beams is None]
-            self._judge_batch({s: guesses.get(s, []) for s in together}, lengths, take)
+            self._judge_batch({s: guesses.get(s, []) for s in together}, lengths(), take, masks)
             return [s for s in sequences if s not in together]
         for sequence, guessed in guesses.items():
             assert sequence.slot is not None
             ids = np.array([sequence.tokens[-1], *(g.token for g in guessed)], np.int64)
             plain = all(_judged_plainly(guess, sequence.params) for guess in guessed)
-            with span("verify"):
+            with span("verify"), _ahead({sequence: guessed}, masks):
                 rows = self._backend.prefill_each(
                     sequence.slot, ids, sequence.num_cached, sequence.asks if plain else WHOLE_ROW
                 )
             self._judge(sequence, guessed, rows, take)
         return [s for s in sequences if s not in guesses]
 
+    @staticmethod
+    def _rest(sequences: list[Sequence]) -> bool:
+        """Whether it is known that no sequence wants guesses."""
+        for sequence in sequences:
+            known = sequence.speculation
+            if known is None or len(sequence.history.tokens) >= known.wake:
+                return False
+        return True
+
     def _judge_batch(
         self,
         guesses: dict[Sequence, list[Guess]],
         lengths: np.ndarray,
         take: Take,
+        masks: MasksAhead,
     ) -> None:
         """One padded pass over the slots; rows without guesses get their one token."""
         rows = len(lengths)
@@ -164,7 +201,7 @@ class Speculator:
         for sequence, guessed in guesses.items():
             line = [sequence.tokens[-1], *(g.token for g in guessed)]
             ids[sequence.slot, : len(line)], counts[sequence.slot] = line, len(line)
-        with span("verify"):
+        with span("verify"), _ahead(guesses, masks):
             logits = self._backend.verify(ids, lengths, counts)
         for sequence, guessed in guesses.items():
             assert sequence.slot is not None
@@ -181,8 +218,7 @@ class Speculator:
                 nonlocal stands
                 choice = None
                 if guess is None or _judged_plainly(guess, params):
-                    ask = WHOLE_ROW if needs_full_row(params, sequence.history) else sequence.asks
-                    choice = choose_from_step(rows, index, params, sequence.generator, ask)
+                    choice = choose_from_step(rows, index, params, sequence.generator, asked_now(sequence))
                 if choice is not None:
                     stands = guess is not None and choice.token == guess.token
                 elif guess is None:
@@ -203,6 +239,7 @@ class Speculator:
             metrics.num_drafted += len(guesses)
             metrics.num_accepted += accepted
             metrics.num_verifications += 1
+            self._accepted += accepted
             self.counts = [a + b for a, b in zip(self.counts, (1, len(guesses), accepted), strict=True)]
             sequence.speculation.note(accepted, judged)
             self._all.note(accepted, judged)
@@ -235,7 +272,7 @@ class Speculator:
         engine.output.num_tokens = 0
         if request.error is None:
             self._learn({count: min(found[1:]) for count, found in times.items()}, min(drafting[1:]))
-        self.counts, self._all = [0, 0, 0], Progress()
+        self.counts, self._all, self._budget = [0, 0, 0], Progress(), Budget()
 
     def _learn(self, times: dict[int, float], drafting: float) -> None:
         """Costs from seconds of a step by its number of guesses, and of drafting the most of them."""
@@ -247,6 +284,12 @@ class Speculator:
 
     def close(self) -> None:
         self._drafter.close()
+
+
+def _ahead(guesses: dict[Sequence, list[Guess]], masks: MasksAhead) -> AbstractContextManager[None]:
+    """While a pass judges `guesses`, their grammars' masks are computed."""
+    wanted = [(s.history, [g.token for g in guessed]) for s, guessed in guesses.items() if s.history.has_grammar]
+    return masks.during([history for history, _ in wanted], [tokens for _, tokens in wanted])
 
 
 def _judged_plainly(guess: Guess, params: SamplingParams) -> bool:

@@ -49,7 +49,7 @@ class DecodeStage:
         """One token for each of the sequences, or several where guesses stand."""
         rows = self.scheduler.pool.num_rows
         if self.speculator is not None:
-            rest = self.speculator.run(sequences, self._lengths(rows, []), self.output.take)
+            rest = self.speculator.run(sequences, lambda: self._lengths(rows, []), self.output.take, self.masks)
             if rest is not sequences:
                 sequences = [s for s in rest if s.slot is not None]
                 if not sequences:

@@ -7,6 +7,7 @@ import time
 import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.beam_requests import advance as advance_beams
+from llmx.runtime.masks_ahead import MasksAhead
 from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.scheduler import PrefillPlan, Scheduler, Sequence
 from llmx.runtime.step_logits import HostLogits, StepLogits
@@ -18,9 +19,15 @@ class PrefillStage:
     """Runs the chunks of a plan; the last one of a prompt brings its first token."""
 
     def __init__(
-        self, backend: Backend, scheduler: Scheduler, prefix_cache: PrefixCache | None, output: OutputStage
+        self,
+        backend: Backend,
+        scheduler: Scheduler,
+        prefix_cache: PrefixCache | None,
+        masks: MasksAhead,
+        output: OutputStage,
     ) -> None:
         self.backend, self.scheduler, self.prefix_cache, self.output = backend, scheduler, prefix_cache, output
+        self.masks = masks
 
     def run(self, plan: PrefillPlan) -> None:
         """Run one chunk; the sequence holds a slot."""
@@ -40,7 +47,11 @@ class PrefillStage:
         if plan.start == 0 and sequence.request.source is not None:
             with span("encode"):
                 self.backend.encode(sequence.slot, sequence.request.source)
-        with span("prefill"):
+        # of all that will draw their first tokens from this row
+        begun = (
+            [s.history for s in sequence.request.sequences if not s.num_output] if sequence.history.has_grammar else []
+        )
+        with span("prefill"), self.masks.during(begun if plan.last else []):
             if plan.last and not scored:
                 last = self.backend.prefill_last(
                     sequence.slot, tokens, plan.start, sequence.num_prompt, asked_now(sequence)
@@ -72,7 +83,7 @@ class PrefillStage:
             start, end = sequence.num_cached, min(len(tokens), sequence.num_cached + self.scheduler.prefill_chunk)
             last = [end - start - 1] if end == len(tokens) else []
             # each is at its own position what a decode step would make of it, not part of a longer prompt
-            with span("prefill"):
+            with span("prefill"), self.masks.during([sequence.history] if last else []):
                 logits = self.backend.prefill(
                     sequence.slot, np.array(tokens[start:end], np.int64), start, np.array(last, np.int64), start + 1
                 )

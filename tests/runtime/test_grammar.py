@@ -16,14 +16,25 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from llmx.runtime import LLM, AsyncLLM, MissingDependencyError, RequestError, SamplingParams, StructuredOutputsParams
+from llmx.runtime import (
+    LLM,
+    AsyncLLM,
+    MissingDependencyError,
+    RequestError,
+    SamplingParams,
+    Speculation,
+    StructuredOutputsParams,
+)
 from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
+from llmx.runtime.grammar import Grammar, GrammarCompiler
 from llmx.runtime.history import History
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.rules import NO_RULES
 from llmx.runtime.sampling import distribution
 from llmx.runtime.scheduler import Request
+from llmx.runtime.speculation import PromptLookup
+from llmx.runtime.speculator import Speculator
 from llmx.runtime.tokenizer import Tokenizer
 from schemas import schema
 from zoo.models import VOCAB, write_tokenizer
@@ -221,11 +232,75 @@ def test_masks_are_computed_while_the_device_works(tokenizer: Tokenizer) -> None
     got = run(engine, plain, *backend.watched)
     assert len(backend.in_time) >= 20 and all(backend.in_time)
     other = engine_of(tokenizer, slots=3)
-    other.masks.during = lambda histories: nullcontext()  # type: ignore[method-assign]
+    other.masks.during = lambda *_: nullcontext()  # type: ignore[method-assign]
     requests = [other.add(None, [5, index], each.resolved({})) for index, each in enumerate(wanted)]
     assert [s.output_ids for s in run(other, *requests)] == [s.output_ids for s in got[1:]]
     assert other.masks._thread is None and engine.masks._thread is not None
     engine.masks.close()
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_masks_of_first_tokens_and_of_guesses_are_computed_ahead(
+    tokenizer: Tokenizer, verifies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None by the thread that steps; outputs are those without speculation."""
+    makers: list[str] = []
+    prepare = Grammar.prepare
+
+    def noted(self: Grammar) -> None:
+        makers.append(threading.current_thread().name)
+        prepare(self)
+
+    wanted = [structured(40, regex="(ab|cd|abc){30}", n=2), structured(40, regex="[x-z]{40}", seed=1)]
+    outputs = []
+    for guesses in (0, 3):
+        backend = FakeBackend(4, 400, VOCAB)
+        backend.verifies_batches = verifies
+        settings = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
+        speculator = Speculator(settings, backend, PromptLookup(4, 1)) if guesses else None
+        engine = Engine(backend, tokenizer, 16, speculator=speculator)
+        with monkeypatch.context() as patch:
+            patch.setattr(Grammar, "prepare", noted)
+            requests = [engine.add(None, [5, index], each.resolved({})) for index, each in enumerate(wanted)]
+            outputs.append([s.output_ids for s in run(engine, *requests)])
+        engine.masks.close()
+        assert speculator is None or 0 < speculator.counts[2] < speculator.counts[1]  # some guesses stood, not all
+    assert outputs[0] == outputs[1]
+    assert len(makers) > 60 and all(name.startswith("llmx-grammar") for name in makers)
+
+
+def test_taken_back_tokens_leave_the_masks_right(tokenizer: Tokenizer) -> None:
+    """Whatever is appended, taken back, and looked at ahead: a mask is that of a grammar that only went forwards."""
+    compiler, rng = GrammarCompiler(tokenizer, VOCAB), np.random.default_rng(3)
+    form = StructuredOutputsParams(regex="(ab|cd|abc|[x-z]{2}){80}")
+    for _ in range(20):
+        history, tokens = History([1], NO_RULES, compiler.compile(form)), list[int]()
+
+        def mask(tokens: list[int]) -> np.ndarray:
+            grammar = History([1], NO_RULES, compiler.compile(form))
+            for token in tokens:
+                grammar.append(token)
+            found = grammar.grammar()
+            assert found is not None
+            return found.mask()
+
+        for _ in range(30):
+            allowed = np.flatnonzero(mask(tokens))
+            move = rng.integers(4)
+            if move == 0 and tokens:
+                length = int(rng.integers(len(tokens) + 1))
+                del tokens[length:]
+                history.truncate(1 + length)
+            elif move == 1:
+                guesses = [int(rng.choice(allowed)), *rng.integers(0, VOCAB, 2).tolist()]
+                found = history.grammar()
+                assert found is not None
+                found.prepare_along(guesses)
+            elif len(allowed) and len(tokens) < 60:
+                tokens.append(int(rng.choice(allowed)))
+                history.append(tokens[-1])
+            found = history.grammar()
+            assert found is not None and np.array_equal(found.mask(), mask(tokens))
 
 
 def test_max_tokens_within_forced_tokens_ends_with_length(tokenizer: Tokenizer) -> None:

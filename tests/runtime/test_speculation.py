@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.filters import probabilities
 from llmx.runtime.history import History
 from llmx.runtime.manifest import TokenizerInfo
-from llmx.runtime.pace import Costs, Pace, Probe, Progress, best_count
+from llmx.runtime.pace import Budget, Costs, Pace, Probe, Progress, best_count
 from llmx.runtime.sampling import distribution
 from llmx.runtime.scheduler import Request
 from llmx.runtime.speculation import PromptLookup, check_backend, check_vocabularies
@@ -247,6 +247,37 @@ def test_costs_are_learned_while_requests_run() -> None:
     assert pace.stale(1) and pace.stale(2) and best_count(0.6, 8, pace.line(1)) > 0
     pace.note(1, 0, 1e-3)
     assert not pace.stale(1)
+
+
+def test_what_guesses_may_cost_is_bounded() -> None:
+    """A hundredth of the tokens, and a sum to begin with; after that they rest until it is earned."""
+    budget, pace, lost, passes = Budget(), Pace(Costs(), plain=1e-3), 0.0, 0
+    for _ in range(20_000):
+        budget.earn(1)
+        if not budget.exhausted:
+            lost += pace.lost(1, 2.5e-3, 0)
+            budget.spend(pace.lost(1, 2.5e-3, 0))
+            passes += 1
+    assert 0.005 * 20_000 < lost < 30 + 0.01 * 20_000 and passes > 100
+    assert pace.lost(1, 1e-3, 3) == -3 and pace.lost(4, 1e-3, 0) == 0  # nothing is known of four rows
+    for _ in range(100):
+        budget.spend(-3)
+    assert not budget.spent and not budget.exhausted
+
+
+def test_a_sleeping_sequence_wakes_when_its_probe_is_due() -> None:
+    known, asked = Progress(0.0, Probe(8, 64)), []
+    known.idle = True
+    due = []
+    for length in range(10, 200):
+        if length >= known.wake:
+            asked.append(length)
+            if known.due(length, 1, earned=length > 100):
+                due.append(length)
+                known.note(0, 1)
+                known.idle = True
+    assert due and due[0] > 100 and len(asked) < 40
+    assert [b - a for a, b in pairwise(due)] == [16, 32]
 
 
 class Clock:
