@@ -6,7 +6,8 @@ Examples:
 Workers send completions and chats, whole and streamed, leave in the middle, send malformed bodies, and run curl readers
 that are stopped (SIGSTOP) for a while, and killed or let go on. Every completed greedy output is compared with the one
 that the prompt gets alone. Each second /health must answer 200; every five seconds the server's memory is noted. At the
-end no slot and no place is taken. The slope is a least-squares line through the second half's memory.
+end no slot and no place is taken. The slope is a least-squares line through the second half's memory, without the prefix
+cache's, which grows up to its bound for as long as new prompts come (a changed byte of a body makes one).
 """
 
 from __future__ import annotations
@@ -193,7 +194,13 @@ class Soak:
             self._check(path + " stopped", "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in chunks), expected)  # fmt: skip
 
 
-async def watch(soak: Soak, pid: int, samples: list[tuple[float, int]], start: float) -> None:
+def slope(samples: list[tuple[float, int, float]], begin: float) -> float:
+    """MiB an hour of a least-squares line through the memory, that of kept prefixes left out, from `begin` (s) on."""
+    late = [(t / 3600, (memory - kept) / MIB) for t, memory, kept in samples if t > begin]
+    return float(np.polyfit([t for t, _ in late], [m for _, m in late], 1)[0]) if len(late) > 2 else 0.0
+
+
+async def watch(soak: Soak, pid: int, samples: list[tuple[float, int, float]], start: float) -> None:
     """Health each second, memory each five."""
     async with httpx.AsyncClient(base_url=soak.url, timeout=60) as client:
         beat = 0
@@ -206,14 +213,16 @@ async def watch(soak: Soak, pid: int, samples: list[tuple[float, int]], start: f
             except httpx.HTTPError as error:
                 soak.wrong.append(f"/health: {type(error).__name__}")
             if beat % 5 == 0:
-                samples.append((time.monotonic() - start, memory_fields(pid)["Private_Dirty"]))
+                kept = gauges((await client.get("/metrics")).text)["prefix_cache_bytes"]
+                samples.append((time.monotonic() - start, memory_fields(pid)["Private_Dirty"], kept))
             beat += 1
             await asyncio.sleep(1)
 
 
 def gauges(text: str) -> dict[str, float]:
-    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("vllm:") and "_bucket" not in line)
-    return {name.split("{")[0].removeprefix("vllm:"): float(value) for name, value in lines}
+    names = ("vllm:", "llmx:")
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(names) and "_bucket" not in line)
+    return {name.split("{")[0].partition(":")[2]: float(value) for name, value in lines}
 
 
 async def run(args: argparse.Namespace, url: str, pid: int, cases: list[Case]) -> dict[str, Any]:
@@ -231,8 +240,8 @@ async def run(args: argparse.Namespace, url: str, pid: int, cases: list[Case]) -
             break
         await asyncio.sleep(0.1)
     await soak.client.aclose()
-    half = [(t, m) for t, m in samples if t > (time.monotonic() - start) / 2]
-    slope = float(np.polyfit([t / 3600 for t, _ in half], [m / MIB for _, m in half], 1)[0]) if len(half) > 2 else 0.0
+    length = time.monotonic() - start
+    thirds = [slope([x for x in samples if x[0] <= (n + 1) * length / 3], n * length / 3) for n in range(3)]
     return {
         "minutes": round((time.monotonic() - start) / 60, 1),
         "counts": dict(soak.counts),
@@ -240,8 +249,9 @@ async def run(args: argparse.Namespace, url: str, pid: int, cases: list[Case]) -
         "num_wrong": len(soak.wrong),
         "left": {k: left[k] for k in ("num_requests_running", "num_requests_waiting")},
         "prefix_cache": {k: left[f"prefix_cache_{k}_total"] for k in ("queries", "hits")},
-        "memory_mib": [(round(t), round(m / MIB, 1)) for t, m in samples],
-        "slope_mib_per_hour": round(slope, 2),
+        "memory_mib": [(round(t), round(m / MIB, 1), round(kept / MIB, 1)) for t, m, kept in samples],
+        "slope_mib_per_hour": round(slope(samples, length / 2), 2),
+        "slopes_of_thirds": [round(value, 2) for value in thirds],
     }
 
 
@@ -253,6 +263,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="how long [default: 30]")
     parser.add_argument("--workers", type=positive, default=16, help="clients at the same time [default: 16]")
     parser.add_argument("--cases", type=positive, default=60, help="different requests [default: 60]")
+    parser.add_argument(
+        "--prefix-cache", type=float, default=4, help="its bound in MB: less than the prompts' [default: 4]"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="store_true", help="end at the first thing that is wrong")
     parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/soak.json]")
@@ -263,7 +276,8 @@ def main() -> None:
     cases = make_cases(args.package, args.cases, random.Random(args.seed))
     results = asyncio.run(serve_and_run(args, cases))
     print(json.dumps({k: v for k, v in results.items() if k != "memory_mib"}, indent=1))
-    first, last = results["memory_mib"][0][1], results["memory_mib"][-1][1]
+    memory = [x for x in results["memory_mib"] if x[0] >= 60] or results["memory_mib"]
+    first, last = (f"{total:.1f} ({kept:.1f})" for _, total, kept in (memory[0], memory[-1]))
     checked = results["counts"].get("outputs equal to their reference", 0)
     row = [
         str(results["minutes"]),
@@ -272,7 +286,7 @@ def main() -> None:
         f"{first} → {last}",
         str(results["slope_mib_per_hour"]),
     ]
-    columns = ["minutes", "outputs compared", "wrong", "private memory, MiB", "slope, MiB/h"]
+    columns = ["minutes", "outputs compared", "wrong", "private memory (of it prefixes) after a minute → at the end, MiB", "slope without prefixes, MiB/h"]  # fmt: skip
     table = {
         "title": f"mixed traffic, {args.workers} clients, {Path(args.package).name}",
         "columns": columns,
@@ -286,7 +300,16 @@ def main() -> None:
 async def serve_and_run(args: argparse.Namespace, cases: list[Case]) -> dict[str, Any]:
     port = free_port()
     command = [sys.executable, "-m", "llmx.cli", "serve", "--onnx", args.package, "--port", str(port), "--slots", "4"]
-    options = ["--max-queue", "8", "--prefill-chunk", "64", "--prefix-cache", "16", "--log-level", "warning"]
+    options = [
+        "--max-queue",
+        "8",
+        "--prefill-chunk",
+        "64",
+        "--prefix-cache",
+        str(args.prefix_cache),
+        "--log-level",
+        "warning",
+    ]
     server = await asyncio.create_subprocess_exec(*command, *options, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}"
     try:

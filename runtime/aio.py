@@ -16,6 +16,7 @@ from llmx.runtime.llm import LLM, output_of
 from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prompts import Prompt, as_list
+from llmx.runtime.pump import Mailbox, Pump
 from llmx.runtime.scheduler import Request
 from llmx.runtime.structured import StructuredOutputsParams
 
@@ -40,6 +41,8 @@ class AsyncLLM:
         self.llm = llm
         self._wake = threading.Event()
         self._stop = False
+        self._lock = threading.Lock()
+        self._pumps: dict[asyncio.AbstractEventLoop, Pump] = {}
         self._thread = threading.Thread(target=self._run, name="llmx-engine", daemon=True)
         self._thread.start()
 
@@ -62,18 +65,17 @@ class AsyncLLM:
 
     async def _finished(self, submit: Callable[[Emit], list[Request]]) -> list[RequestOutput]:
         """Outputs of the requests that `submit` queues with a receiver. Raises what ended one of them."""
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        pump, mailbox = self._pump(), Mailbox()
         requests: list[Request] = []
 
         def emit(piece: StreamPiece) -> None:
             if piece.finish_reason is not None:
-                loop.call_soon_threadsafe(done.set)
+                pump.put(mailbox, piece)
 
         try:
             requests = submit(emit)
             while not all(r.finished for r in requests):
-                await done.wait()
-                done.clear()
+                await mailbox.take()
         finally:
             self.llm._abandon(requests)
         for request in requests:
@@ -83,22 +85,29 @@ class AsyncLLM:
 
     async def _pieces(self, submit: Callable[[Emit], Request]) -> AsyncGenerator[StreamPiece, None]:
         """Pieces of the request that `submit` queues with a receiver."""
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[StreamPiece]()
-
-        def emit(piece: StreamPiece) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        request = submit(emit)
+        pump, mailbox = self._pump(), Mailbox()
+        request = submit(lambda piece: pump.put(mailbox, piece))
         ended = 0
         try:
             while ended < len(request.sequences):  # a beam search ends with fewer than it has beams
-                piece = await pieces.get()
-                if request.error is not None:
-                    raise request.error
-                ended += piece.finish_reason is not None
-                yield piece
+                for piece in await mailbox.take():
+                    if request.error is not None:
+                        raise request.error
+                    ended += piece.finish_reason is not None
+                    yield piece
         finally:
             self.llm._abandon([request])
+
+    def _pump(self) -> Pump:
+        """The running loop's."""
+        loop = asyncio.get_running_loop()
+        self.llm.need_generation()
+        with self._lock:
+            self._pumps = {known: pump for known, pump in self._pumps.items() if not known.is_closed()}
+            if loop not in self._pumps:
+                self._pumps[loop] = Pump(loop)
+                self.llm.engine.add_waker(self._pumps[loop].wake)
+            return self._pumps[loop]
 
     async def chat(
         self, messages: Seq[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any

@@ -58,7 +58,8 @@ class ChatRequest:
                 parsers[piece.index] = self.parser()
             parser = parsers[piece.index]
             ended = piece.finish_reason is not None
-            return replace(piece, delta=parser.finish(piece.text) if ended else parser.push(piece.text))
+            piece.delta = parser.finish(piece.text) if ended else parser.push(piece.text)
+            return piece
 
         return read
 

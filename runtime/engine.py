@@ -73,6 +73,7 @@ class Engine:
         self._lock = threading.Lock()
         self._ids = itertools.count()
         self._ended: Callable[[], LlmxError] | None = None
+        self._wakers: tuple[Callable[[], None], ...] = ()
 
     def add(
         self,
@@ -156,6 +157,22 @@ class Engine:
         """End a request; its slots are free before the next step runs."""
         request.cancelled = True
 
+    def add_waker(self, wake: Callable[[], None]) -> None:
+        """Have `wake` called, by the thread that steps, whenever pieces may have been handed over. One that raises is dropped."""
+        with self._lock:
+            self._wakers = (*self._wakers, wake)
+
+    def remove_waker(self, wake: Callable[[], None]) -> None:
+        with self._lock:
+            self._wakers = tuple(known for known in self._wakers if known != wake)
+
+    def _hand_over(self) -> None:
+        for wake in self._wakers:
+            try:
+                wake()
+            except Exception:  # its event loop is closed
+                self.remove_waker(wake)
+
     @property
     def backend(self) -> Backend:
         """What runs the model; another may take its place between two steps."""
@@ -197,6 +214,8 @@ class Engine:
             )
             self._end(reason, [*self._live, *arrivals])
             raise
+        finally:
+            self._hand_over()
         self._forget_ended()
 
     def end_all(self, kind: type[LlmxError], reason: str) -> None:
@@ -207,6 +226,7 @@ class Engine:
         for request in [*self._live, *arrivals]:
             self._end(kind(reason), [request])
         self._live = []
+        self._hand_over()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every resource has its owner; between steps."""
@@ -238,6 +258,7 @@ class Engine:
         for prefill in plan.prefills:
             if prefill.sequence.slot is not None:  # its request may have failed in this very step
                 self._prefill.run(prefill)
+                self._hand_over()
         decoding = plan.decode
         if plan.prefills or plan.forks:
             decoding = [s for s in decoding if s.slot is not None]

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from llmx.runtime import LlmxError
+from llmx.runtime.pump import Pump
 from llmx.serve import protocol, responses
 from llmx.serve.auth import OPEN, Keys
 from llmx.serve.body import takes
@@ -20,7 +21,7 @@ from llmx.serve.config import ServeConfig
 from llmx.serve.encoders import embeddings, rerank
 from llmx.serve.errors import ApiError, api_error
 from llmx.serve.metrics import Metrics
-from llmx.serve.models import Model, Models, Pump
+from llmx.serve.models import Model, Models
 from llmx.serve.observe import Observer
 from llmx.serve.otel import Tracer
 from llmx.serve.tokens import detokenize, tokenize
@@ -69,6 +70,9 @@ def create_app(models: Models, config: ServeConfig, tracer: Tracer | None = None
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.pump = Pump(asyncio.get_running_loop())
+        for model in models:
+            if model.aio is not None:
+                model.llm.engine.add_waker(app.state.pump.wake)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from llmx.serve.fields import places, sampling_params
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.prompts import chat_request
 from llmx.serve.protocol import ChatRequest
-from llmx.serve.sse import event
+from llmx.serve.sse import Template, event
 from llmx.serve.structure import CALL_FORMAT, check_supported, of_calls, of_format, required_tools
 from llmx.serve.wire import chat_logprobs, new_id, prompt_logprobs, usage
 from starlette.requests import Request as HttpRequest
@@ -134,20 +134,34 @@ class Chat:
         running = options is not None and options.continuous_usage_stats
         head = self._head("chat.completion.chunk")
         more: dict[str, Any] = {"usage": None} if with_usage else {}
-        for index in range(self.body.n or 1):
-            delta = {"role": "assistant", "content": ""}
-            yield event({**head, "choices": [self._choice(index, delta)], **more})
+        opening = [self._choice(index, {"role": "assistant", "content": ""}) for index in range(self.body.n or 1)]
+        yield b"".join(event({**head, "choices": [choice], **more}) for choice in opening)
+        templates = [self._template(index, head, more) for index in range(self.body.n or 1)]
         read, called = self.request.reader(), set()
-        async for _, plain in generation.pieces():
-            piece = read(plain)
-            if piece.delta is not None and piece.delta.tool_calls:
-                called.add(piece.index)
-            if piece.delta or piece.finish_reason or piece.logprobs:
-                if running:
-                    more = {"usage": usage(generation.requests)}
-                yield event({**head, "choices": [self._chunk(piece, piece.index in called)], **more})
+        async for batch in generation.pieces():
+            made: list[bytes] = []
+            for _, plain in batch:
+                piece = read(plain)
+                delta = piece.delta
+                ends = piece.finish_reason is not None or piece.logprobs is not None
+                if delta is not None and not (ends or running or delta.reasoning_content or delta.tool_calls):
+                    if delta.content:
+                        made.append(templates[piece.index].fill(delta.content))
+                    continue
+                if delta is not None and delta.tool_calls:
+                    called.add(piece.index)
+                if delta or ends:
+                    if running:
+                        more = {"usage": usage(generation.requests)}
+                    made.append(event({**head, "choices": [self._chunk(piece, piece.index in called)], **more}))
+            if made:
+                yield b"".join(made)
         if with_usage:
             yield event({**head, "choices": [], "usage": usage(generation.requests)})
+
+    def _template(self, index: int, head: dict[str, Any], more: dict[str, Any]) -> Template:
+        """Of pieces that are content and nothing else."""
+        return Template(lambda text: {**head, "choices": [self._choice(index, {"content": text})], **more})
 
     def _chunk(self, piece: StreamPiece, called: bool) -> dict[str, Any]:
         delta = piece.delta.to_dict() if piece.delta else {}

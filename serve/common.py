@@ -63,6 +63,7 @@ async def in_time(request: Request, work: Awaitable[T]) -> T:
 async def _collect(
     generation: Generation, prepare: Callable[[], Wanted], answer: Callable[[Generation], Any]
 ) -> Response:
+    generation.whole = True
     await generation.start(prepare)
     async for _ in generation.pieces():
         pass
@@ -73,14 +74,10 @@ async def _guarded(
     request: Request, generation: Generation, events: Callable[[Generation], AsyncIterator[bytes]], limit: float
 ) -> AsyncIterator[bytes]:
     """The events, then `[DONE]`; a failure becomes an `error` event, as the status line has been sent."""
-    items = aiter(events(generation))
+    generation.expire_at(limit)
     try:
-        while True:
-            async with asyncio.timeout(limit - time.monotonic()):  # not around the yield, which waits for the client
-                item = await anext(items)
+        async for item in events(generation):
             yield item
-    except StopAsyncIteration:
-        pass
     except Exception as error:
         note(request, generation, error)
         yield event(api_error(error).body(), "error")

@@ -14,7 +14,7 @@ from llmx.serve.errors import bad_request
 from llmx.serve.fields import places, sampling_params
 from llmx.serve.models import Generation, Model, Wanted
 from llmx.serve.protocol import CompletionRequest
-from llmx.serve.sse import event
+from llmx.serve.sse import Template, event
 from llmx.serve.structure import check_supported, of_format
 from llmx.serve.wire import LegacyLogprobs, new_id, prompt_logprobs, usage
 from starlette.requests import Request as HttpRequest
@@ -125,22 +125,44 @@ class Completion:
         options = self.body.stream_options
         with_usage = options is not None and options.include_usage
         more: dict[str, Any] = {"usage": None} if with_usage else {}
+        running = options is not None and options.continuous_usage_stats
         legacy: dict[int, LegacyLogprobs] = {}
-        async for p, piece in generation.pieces():
-            index, request = p * self.n + piece.index, generation.requests[p]
-            first = index not in legacy
-            if first:
-                legacy[index] = LegacyLogprobs(self.model.llm.tokenizer)
-            if first and self.body.echo:
-                yield event({**self._head(), "choices": [self._prompt_chunk(index, request, legacy[index])], **more})
-            if self.silent:
-                piece = StreamPiece("", [], piece.index, piece.finish_reason and "length")
-            if piece.text or piece.finish_reason or piece.logprobs:
-                if options is not None and options.continuous_usage_stats:
-                    more = {"usage": self._usage(generation)}
-                yield event({**self._head(), "choices": [self._chunk(index, piece, legacy[index])], **more})
+        templates: dict[int, Template] = {}
+        async for batch in generation.pieces():
+            made: list[bytes] = []
+            for p, piece in batch:
+                index = p * self.n + piece.index
+                plain = templates.get(index)
+                if plain is not None and piece.finish_reason is None and piece.logprobs is None:
+                    if piece.text:
+                        made.append(plain.fill(piece.text))
+                    continue
+                if index not in legacy:
+                    legacy[index] = LegacyLogprobs(self.model.llm.tokenizer)
+                    if self.body.echo:
+                        chunk = self._prompt_chunk(index, generation.requests[p], legacy[index])
+                        made.append(event({**self._head(), "choices": [chunk], **more}))
+                    if not self.silent and not running:
+                        templates[index] = self._template(index, more)
+                if self.silent:
+                    piece = StreamPiece("", [], piece.index, piece.finish_reason and "length")
+                if piece.text or piece.finish_reason or piece.logprobs:
+                    if running:
+                        more = {"usage": self._usage(generation)}
+                    made.append(event({**self._head(), "choices": [self._chunk(index, piece, legacy[index])], **more}))
+            if made:
+                yield b"".join(made)
         if with_usage:
             yield event({**self._head(), "choices": [], "usage": self._usage(generation)})
+
+    def _template(self, index: int, more: dict[str, Any]) -> Template:
+        """Of pieces that are a text and nothing else."""
+        empty = LegacyLogprobs(self.model.llm.tokenizer)
+
+        def make(text: str) -> dict[str, Any]:
+            return {**self._head(), "choices": [self._chunk(index, StreamPiece(text, []), empty)], **more}
+
+        return Template(make)
 
     def _prompt_chunk(self, index: int, request: Request, legacy: LegacyLogprobs) -> dict[str, Any]:
         logprobs = None

@@ -106,6 +106,7 @@ class _Engines(Collector):
             "vllm:num_preemptions", "Requests preempted: none, slots are whole.", labels=_LABEL
         )
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=_LABEL)
+        kept = GaugeMetricFamily("llmx:prefix_cache_bytes", "State of prompt prefixes that is kept.", labels=_LABEL)
         output = CounterMetricFamily("vllm:generation_tokens", "Tokens generated.", labels=_LABEL)
         hits = CounterMetricFamily("vllm:prefix_cache_hits", "Prompt tokens whose state was kept.", labels=_LABEL)
         guesses = [
@@ -129,8 +130,9 @@ class _Engines(Collector):
             cache = model.llm.engine.prefix_cache
             queries.add_metric([model.name], cache.num_queries if cache else 0)
             hits.add_metric([model.name], cache.num_hits if cache else 0)
+            kept.add_metric([model.name], cache.num_bytes if cache else 0)
             speculator = model.llm.engine.speculator
             if speculator is not None:
                 for metric, count in zip(guesses, speculator.counts, strict=True):
                     metric.add_metric([model.name], count)
-        return [running, waiting, usage, preempted, queries, hits, output, *guesses]
+        return [running, waiting, usage, preempted, queries, hits, kept, output, *guesses]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, Speculation, StreamPiece, load_manifest
 from llmx.runtime.encoder import Check
 from llmx.runtime.hub import resolve_package
+from llmx.runtime.pump import Mailbox, Pump
 from llmx.runtime.scheduler import Request
 from llmx.serve.config import ServeConfig
 from llmx.serve.errors import ApiError, bad_request, busy
@@ -25,28 +25,6 @@ T = TypeVar("T")
 
 #: One prompt of a request: its token ids (or text, of an encoder-decoder) and parameters.
 Wanted = list[tuple[str | list[int], SamplingParams]]
-
-
-class Pump:
-    """Hands items from the engines' threads to the event loop: many of one step in one wake-up."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
-        self._woken = False
-
-    def put(self, queue: asyncio.Queue[Any], item: Any) -> None:
-        """From any thread. Raises RuntimeError where the loop is closed."""
-        self._items.append((queue, item))
-        if not self._woken:
-            self._woken = True
-            self._loop.call_soon_threadsafe(self._drain)
-
-    def _drain(self) -> None:
-        self._woken = False  # before the items are taken: a later one wakes again
-        while self._items:
-            queue, item = self._items.popleft()
-            queue.put_nowait(item)
 
 
 class Queue:
@@ -142,7 +120,9 @@ class Generation:
     def __init__(self, model: Model, pump: Pump, places: int) -> None:
         self.model, self._pump, self._places = model, pump, places
         self.requests: list[Request] = []
-        self._pieces: asyncio.Queue[tuple[int, StreamPiece]] = asyncio.Queue()
+        self._mailbox = Mailbox()
+        self.whole = False  # whether nothing but the end of each continuation is waited for; set before `start`
+        self._timer: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()  # between the thread that submits and a client that leaves meanwhile
         self._closed = False
 
@@ -161,19 +141,32 @@ class Generation:
             self.requests = aio.submit(entries)
 
     def _receiver(self, index: int) -> Callable[[StreamPiece], None]:
-        return lambda piece: self._pump.put(self._pieces, (index, piece))
+        def receive(piece: StreamPiece) -> None:
+            if piece.finish_reason is not None or not self.whole:
+                self._pump.put(self._mailbox, (index, piece))
 
-    async def pieces(self) -> AsyncIterator[tuple[int, StreamPiece]]:
-        """(prompt's index, piece) as they come, until all have ended. Raises the first error of a request."""
+        return receive
+
+    def expire_at(self, limit: float) -> None:
+        """From `limit` (time.monotonic) on `pieces` raises TimeoutError."""
+        wait = max(0.0, limit - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(wait, self._mailbox.fail, TimeoutError())
+
+    async def pieces(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
+        """(prompt's index, piece) as they come, as many as there are, until all have ended. Raises the first error of a
+        request.
+        """
         ended = 0
         while ended < sum(len(request.sequences) for request in self.requests):  # fewer once a beam search has ended
-            index, piece = await self._pieces.get()
-            error = self.requests[index].error
-            if error is not None:
-                raise error
-            if piece.finish_reason is not None:
-                ended += 1
-            yield index, piece
+            batch = await self._mailbox.take()
+            for number, (index, piece) in enumerate(batch):
+                error = self.requests[index].error
+                if error is not None:
+                    if number:
+                        yield batch[:number]
+                    raise error
+                ended += piece.finish_reason is not None
+            yield batch
 
     def close(self) -> None:
         """Idempotent; the slots are free before the engine's next step."""
@@ -182,6 +175,8 @@ class Generation:
                 return
             self._closed = True
             requests = self.requests
+        if self._timer is not None:
+            self._timer.cancel()
         self.model.queue.give_back(self._places)
         for request in requests:
             if not request.finished:
