@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from llmx.runtime.carried import CarriedBackend, ort_value, run_error
-from llmx.runtime.device_sessions import open_on_device, why_not_on_device
 from llmx.runtime.dtypes import numpy_dtype
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
-from llmx.runtime.manifest_check import CARRIED
+from llmx.runtime.manifest_check import CARRIED, why_not_on_device
 from llmx.runtime.mapped_cache import wanted
+from llmx.runtime.ort_arrays import ort_value, run_error
 from llmx.runtime.providers import Device, import_onnxruntime, resolve_device
 from llmx.runtime.sessions import SessionSettings, open_sessions
 from llmx.runtime.state import StatePool, plan_state
@@ -302,6 +301,8 @@ def open_backend(
     """Sessions and state of a package. Memory is checked before anything is allocated."""
     resolved = resolve_device(device, why_not_on_device(manifest) is None)
     if resolved.kind == "cuda":
+        from llmx.runtime.device_sessions import open_on_device
+
         return open_on_device(folder, manifest, resolved, max_length, slots)
     # mapped weights are the page cache's, which gives them back; otherwise each graph keeps its own prepacked copy
     mapped = resolved.kind == "cpu" and mapped_cache and wanted(manifest)
@@ -309,6 +310,8 @@ def open_backend(
     plan = plan_state(manifest, max_length, slots, weights=0 if mapped else weights * 2)
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     if any(tensor.layout in CARRIED for tensor in manifest.state):
+        from llmx.runtime.carried import CarriedBackend
+
         return CarriedBackend(manifest, sessions, plan)
     return OrtBackend(manifest, sessions, StatePool(manifest, plan), resolved)
 

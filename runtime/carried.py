@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from llmx.runtime.dtypes import numpy_dtype
-from llmx.runtime.errors import LlmxError, OutOfMemoryError
+from llmx.runtime.errors import LlmxError
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
+from llmx.runtime.ort_arrays import ort_value, run_error
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
 from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
@@ -203,20 +204,3 @@ def _sizes(tensor: StateTensor) -> list[int]:
 
 def _bfloat16(value: Any) -> np.ndarray:
     raise LlmxError("A bfloat16 state cannot be rewound with this onnxruntime; export the model in fp32 or fp16.")
-
-
-def ort_value(ort: Any, array: np.ndarray) -> Any:
-    """An OrtValue over `array`'s memory (no copy). The array must outlive it."""
-    if array.dtype in (np.float32, np.float16, np.int64, np.int32):
-        return ort.OrtValue.ortvalue_from_numpy(array)
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValue as CValue  # bfloat16: numpy does not know it
-
-    return ort.OrtValue(CValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), 16))
-
-
-def run_error(error: Exception) -> LlmxError:
-    """What a failed run of onnxruntime means, in one sentence."""
-    reason = " ".join(str(error).split())[:300]
-    if "llocat" in reason or "memory" in reason.lower():
-        return OutOfMemoryError(f"onnxruntime ran out of memory ({reason}); lower slots, max_length or prefill_chunk.")
-    return LlmxError(f"onnxruntime failed to run the graph: {reason}")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llmx.runtime.carried import run_error
 from llmx.runtime.device_chunks import Chunks
 from llmx.runtime.device_memory import Buffer, DeviceMemory
 from llmx.runtime.device_prefill import Prefill
@@ -15,6 +14,7 @@ from llmx.runtime.device_state import DeviceState
 from llmx.runtime.device_steps import SPARE_POSITIONS, CandidatesStep, DecodeStep, buckets
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest
+from llmx.runtime.ort_arrays import run_error
 from llmx.runtime.providers import import_onnxruntime
 from llmx.runtime.state import StatePlan
 from llmx.runtime.step_logits import DeviceLogits, HostLogits, StepLogits, TopRows

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llmx.runtime.carried import run_error
 from llmx.runtime.device_memory import Buffer, DeviceMemory
 from llmx.runtime.device_state import DeviceState
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest
+from llmx.runtime.ort_arrays import run_error
 from llmx.runtime.providers import import_onnxruntime
 
 #: Tokens of a first chunk that graphs are captured for. Longer ones keep the device busy while they are launched.

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llmx.runtime.carried import run_error
 from llmx.runtime.device_memory import Buffer, DeviceMemory
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.manifest import Manifest, TensorInfo
+from llmx.runtime.ort_arrays import run_error
 from llmx.runtime.providers import import_onnxruntime
 
 _GREEDY = ("next_input_ids", "greedy_logits")

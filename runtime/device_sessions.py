@@ -17,7 +17,7 @@ from llmx.runtime.device_steps import SPARE_POSITIONS
 from llmx.runtime.dtypes import itemsize
 from llmx.runtime.errors import PackageError, ProviderError
 from llmx.runtime.manifest import Manifest
-from llmx.runtime.manifest_check import check_session
+from llmx.runtime.manifest_check import check_session, why_not_on_device
 from llmx.runtime.providers import Device, import_onnxruntime
 from llmx.runtime.sessions import check_version, open_session
 from llmx.runtime.state import plan_state
@@ -26,19 +26,6 @@ from llmx.runtime.state import plan_state
 OVERHEAD = 1 << 30
 _HOPPER = 90  # compute capability, 10 times
 _PIECE = 64 << 20  # bytes of weights copied at once
-
-
-def why_not_on_device(manifest: Manifest) -> str | None:
-    """Why a package does not run on a CUDA device, in words that end a sentence, or None where it does."""
-    if manifest.family != "decoder" or any(tensor.layout != "in_place" for tensor in manifest.state):
-        return "its state is carried from call to call, which runs on the CPU so far; use --device cpu"
-    if manifest.target != "cuda":
-        return f"it was built for {manifest.target}; export the model with --target cuda"
-    if manifest.dtype == "float32":
-        return "onnxruntime's attention has no float32 kernel there; export the model with --dtype fp16 or bf16"
-    if not any(info.role == "next_input_ids" for info in manifest.graphs["decode"].outputs):
-        return "it was written by an older llmx; export it again"
-    return None
 
 
 def open_on_device(

@@ -7,11 +7,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from llmx.runtime.engine import Engine
 from llmx.runtime.errors import ClosedError
 from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.scheduler import Request
+
+if TYPE_CHECKING:
+    from llmx.runtime.engine import Engine
 
 CLOSED = "This LLM was closed; create a new one."
 

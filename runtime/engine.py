@@ -25,7 +25,6 @@ from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
 from llmx.runtime.sampling import make_generator, restricted_until
 from llmx.runtime.scheduler import Plan, Request, Scheduler, Sequence
-from llmx.runtime.speculator import Speculator
 from llmx.runtime.step_decode import DecodeStage
 from llmx.runtime.step_logits import HostLogits
 from llmx.runtime.step_output import OutputStage
@@ -37,6 +36,7 @@ from llmx.runtime.tracing import span
 
 if TYPE_CHECKING:
     from llmx.runtime.session import Session
+    from llmx.runtime.speculator import Speculator
 
 
 class Engine:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llmx.runtime.audio import log_mel
+from llmx.runtime.ahead import Ahead
 from llmx.runtime.backend import Backend, open_backend
-from llmx.runtime.conversation import Conversations
 from llmx.runtime.driver import Driver, PieceStream
-from llmx.runtime.encoder import Encoder, open_encoder
-from llmx.runtime.engine import Engine
 from llmx.runtime.errors import ContextLengthError, FamilyError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.llm_chat import ChatMethods
@@ -26,11 +24,14 @@ from llmx.runtime.outputs import CompletionOutput, RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.prompts import Prompt, as_list
 from llmx.runtime.scheduler import Request
-from llmx.runtime.speculation import Speculation
-from llmx.runtime.speculator import Speculator, open_speculator
 from llmx.runtime.tokenizer import Tokenizer
-from llmx.runtime.tracing import span
-from llmx.runtime.transcribe import Transcript, transcribe
+from llmx.runtime.tracing import active, span
+
+if TYPE_CHECKING:
+    from llmx.runtime.encoder import Encoder
+    from llmx.runtime.speculation import Speculation
+    from llmx.runtime.speculator import Speculator
+    from llmx.runtime.transcribe import Transcript
 
 
 class LLM(EncoderMethods, ScoringMethods, ChatMethods):
@@ -88,6 +89,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         self.encoder: Encoder | None = None
         if manifest.family == "encoder":
             self.folder, self.manifest = folder, manifest
+            from llmx.runtime.encoder import open_encoder
+
             self.encoder = open_encoder(folder, manifest, device, threads, spin, mapped_cache, cache)
             self.tokenizer = self.encoder.tokenizer
             if speculative is not None:
@@ -95,15 +98,20 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
             return
         if manifest.family not in ("decoder", "encoder-decoder"):
             raise FamilyError(f"{folder} is an {manifest.family} model, which this llmx does not run; upgrade llmx.")
-        with span("load tokenizer"):
-            tokenizer = Tokenizer.load(folder, manifest.tokenizer)
-        with span("load graphs"):
-            options: dict[str, Any] = {
-                "device": device, "threads": threads, "spin": spin, "mapped_cache": mapped_cache, "cache_dir": cache,
-            }  # fmt: skip
-            backend = open_backend(folder, manifest, max_length=max_length, slots=slots, **options)
+        options: dict[str, Any] = {
+            "device": device, "threads": threads, "spin": spin, "mapped_cache": mapped_cache, "cache_dir": cache,
+        }  # fmt: skip
+        # Opening graphs releases the interpreter's lock. A trace wants one thing after the other.
+        ahead = Ahead(partial(_load_tokenizer, folder, manifest), inline=active() is not None)
+        try:
+            with span("load graphs"):
+                backend = open_backend(folder, manifest, max_length=max_length, slots=slots, **options)
+        except BaseException:
+            ahead.join()
+            raise
         chunk = prefill_chunk or backend.prefill_chunk
         try:
+            tokenizer = ahead.result()
             speculator = self._speculator(speculative, manifest, tokenizer, backend, chunk, options)
         except BaseException:
             backend.close()
@@ -122,6 +130,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         if wanted is None:
             return None
         with span("load draft"):
+            from llmx.runtime.speculator import open_speculator
+
             return open_speculator(wanted, manifest, tokenizer, backend, chunk, **options)
 
     def _setup(
@@ -134,12 +144,13 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         prefix_cache_bytes: int = 0,
         speculator: Speculator | None = None,
     ) -> None:
+        from llmx.runtime.engine import Engine
+
         self.folder, self.manifest, self.tokenizer, self.backend = folder, manifest, tokenizer, backend
         self.prefill_chunk = prefill_chunk
         self.engine = self._driver.engine = Engine(
             backend, tokenizer, prefill_chunk, manifest.seq2seq, prefix_cache_bytes, speculator
         )
-        self._conversations = Conversations(folder, tokenizer)
         if speculator is not None:
             with span("measure passes"):
                 speculator.calibrate(self.engine)
@@ -194,6 +205,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         FamilyError, RequestError, MissingDependencyError (another sampling rate without soxr).
         """
 
+        from llmx.runtime.transcribe import transcribe
+
         def generate(windows: list[np.ndarray], prompt: list[int], params: SamplingParams) -> list[RequestOutput]:
             resolved = params.resolved(self.manifest.generation)
             requests: list[Request] = []
@@ -216,6 +229,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
             return
         with self._driver.at_rest():
             if self.manifest.seq2seq is not None:
+                from llmx.runtime.audio import log_mel
+
                 audio, longest = self.manifest.seq2seq.audio, self.manifest.seq2seq.max_source_length
                 silence = log_mel(np.zeros(1, np.float32), audio) if audio is not None else None
                 self.backend.encode(0, np.zeros(min(16, longest), np.int64) if silence is None else silence)
@@ -296,6 +311,13 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+    """`Tokenizer.load`; imports what the engine is made of meanwhile."""
+
+    with span("load tokenizer"):
+        return Tokenizer.load(folder, manifest.tokenizer)
 
 
 def _prompt_ids(request: Request) -> list[int]:

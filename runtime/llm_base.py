@@ -5,17 +5,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmx.runtime.backend import Backend
-from llmx.runtime.conversation import Conversations
 from llmx.runtime.driver import Driver
-from llmx.runtime.encoder import COMMANDS, Encoder
-from llmx.runtime.engine import Engine
 from llmx.runtime.errors import FamilyError, RequestError
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.prompts import Prompt, is_token
 from llmx.runtime.tokenizer import Tokenizer
 from llmx.runtime.tracing import span
+
+if TYPE_CHECKING:
+    from llmx.runtime.encoder import Encoder
+    from llmx.runtime.engine import Engine
 
 
 class Loaded:
@@ -29,7 +31,6 @@ class Loaded:
     engine: Engine
     prefill_chunk: int
     _driver: Driver
-    _conversations: Conversations
 
     @property
     def max_length(self) -> int:
@@ -39,6 +40,8 @@ class Loaded:
     def need_generation(self) -> None:
         """Raises FamilyError where the package does not generate text."""
         if self.encoder is not None:
+            from llmx.runtime.encoder import COMMANDS
+
             raise FamilyError(
                 f"{self.folder} is an encoder for {self.encoder.info.task} and does not generate text; "
                 f"use {COMMANDS[self.encoder.info.task]}."

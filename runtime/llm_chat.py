@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from llmx.runtime.conversation import ChatRequest, Conversations
 from llmx.runtime.driver import PieceStream
 from llmx.runtime.llm_base import Loaded
 from llmx.runtime.outputs import RequestOutput
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.session import Session
 
 if TYPE_CHECKING:
+    from llmx.runtime.conversation import ChatRequest, Conversations
     from llmx.runtime.llm import LLM
+    from llmx.runtime.session import Session
 
 
 class ChatMethods(Loaded):
@@ -55,14 +56,15 @@ class ChatMethods(Loaded):
         tool_calls, reasoning: the format of the answer (docs/chat.md), None to leave it in the text.
         Anything else is a variable of the template. Raises RequestError.
         """
-        self.need_generation()
-        return self._conversations.request(messages, **options)
+        return self.conversations.request(messages, **options)
 
-    @property
+    @cached_property
     def conversations(self) -> Conversations:
         """The package's chat templates, and the format of its answers."""
+        from llmx.runtime.conversation import Conversations
+
         self.need_generation()
-        return self._conversations
+        return Conversations(self.folder, self.tokenizer)
 
     def chat_prompt(self, messages: Seq[Mapping[str, Any]], **options: Any) -> str:
         """The text that the chat template makes of `messages`; options as `chat_request`'s."""
@@ -78,10 +80,14 @@ class ChatMethods(Loaded):
         `on_full`: where the context has no room for an answer, "stop" refuses it and "shift" forgets the oldest tokens
         but the first `keep_first`. Raises FamilyError where the package does not continue texts.
         """
+        from llmx.runtime.session import Session
+
         return Session(cast("LLM", self), on_full, keep_first)
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote. Raises RequestError for another package's or a damaged file,
         ContextLengthError where this LLM's context is too short.
         """
+        from llmx.runtime.session import Session
+
         return Session.load(cast("LLM", self), path)

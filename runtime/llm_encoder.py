@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llmx.runtime.encoder import Encoder, Filled, Label, Ranked, Text, TokenLabel
 from llmx.runtime.errors import ContextLengthError, FamilyError
 from llmx.runtime.llm_base import Loaded
+
+if TYPE_CHECKING:
+    from llmx.runtime.encoder import Encoder, Filled, Label, Ranked, Text, TokenLabel
 
 
 class EncoderMethods(Loaded):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llmx.runtime.backend import score_tokens
 from llmx.runtime.errors import ContextLengthError, FamilyError, RequestError
 from llmx.runtime.llm_base import Loaded
-from llmx.runtime.perplexity import Perplexity, sliding
 from llmx.runtime.prompts import Prompt, as_list
+
+if TYPE_CHECKING:
+    from llmx.runtime.perplexity import Perplexity
 
 
 class ScoringMethods(Loaded):
@@ -38,6 +41,8 @@ class ScoringMethods(Loaded):
 
         Raises RequestError for fewer than two tokens, a window beyond the context, or a stride beyond the window.
         """
+        from llmx.runtime.perplexity import sliding
+
         self._need_scores()
         ids = self._encode(text)
         self.engine.check_ids(ids)

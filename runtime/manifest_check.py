@@ -79,6 +79,19 @@ def _check_state(graph: GraphInfo, inputs: set[str], outputs: set[str], where: s
             raise PackageError(f"{where}: the {side} {name} is in the graph or in state, and not in both; {_AGAIN}")
 
 
+def why_not_on_device(manifest: Manifest) -> str | None:
+    """Why a package does not run on a CUDA device, in words that end a sentence, or None where it does."""
+    if manifest.family != "decoder" or any(tensor.layout != "in_place" for tensor in manifest.state):
+        return "its state is carried from call to call, which runs on the CPU so far; use --device cpu"
+    if manifest.target != "cuda":
+        return f"it was built for {manifest.target}; export the model with --target cuda"
+    if manifest.dtype == "float32":
+        return "onnxruntime's attention has no float32 kernel there; export the model with --dtype fp16 or bf16"
+    if not any(info.role == "next_input_ids" for info in manifest.graphs["decode"].outputs):
+        return "it was written by an older llmx; export it again"
+    return None
+
+
 def check_session(session: Any, graph: GraphInfo, path: object) -> None:
     """Raises PackageError where the opened graph's inputs or outputs are not those that the manifest lists."""
     for side, opened, listed in (

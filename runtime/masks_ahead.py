@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from llmx.runtime.errors import LlmxError
 from llmx.runtime.grammar import Grammar
 from llmx.runtime.history import History
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class MasksAhead:
@@ -31,6 +34,8 @@ class MasksAhead:
         if not work_for:
             yield
             return
+        from concurrent.futures import ThreadPoolExecutor
+
         self._thread = self._thread or ThreadPoolExecutor(1, "llmx-grammar")
         work: Future[None] = self._thread.submit(_prepare, work_for)
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from llmx.runtime.chat_output import ChatDelta, ChatMessage
+if TYPE_CHECKING:
+    from llmx.runtime.chat_output import ChatDelta, ChatMessage
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmx.runtime.ahead import Ahead
 from llmx.runtime.errors import PackageError
 from llmx.runtime.machine import usable_cpus
 from llmx.runtime.manifest import Manifest
@@ -67,8 +68,14 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     if device.kind == "cpu" and trace is None:
         # Graphs share nothing while they open, and opening releases the interpreter's lock. (On a device the thread that opens
         # a session gets the device's context; profiles are named by the time at which their session opens.)
-        with ThreadPoolExecutor(len(files)) as pool:
-            return dict(zip(files, pool.map(opened, files), strict=True))
+        first, *rest = files
+        others = {name: Ahead(partial(opened, name)) for name in rest}
+        try:
+            session = opened(first)
+        finally:
+            for other in others.values():
+                other.join()
+        return {first: session, **{name: other.result() for name, other in others.items()}}
     sessions = {name: opened(name) for name in files}
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from llmx.runtime.backend import Backend, recompute
@@ -12,10 +13,12 @@ from llmx.runtime.candidate_rows import Rows
 from llmx.runtime.candidates import WHOLE_ROW
 from llmx.runtime.masks_ahead import MasksAhead
 from llmx.runtime.scheduler import Scheduler, Sequence
-from llmx.runtime.speculator import Speculator
 from llmx.runtime.step_output import asked_now
 from llmx.runtime.step_prefill import PrefillStage
 from llmx.runtime.tracing import span
+
+if TYPE_CHECKING:
+    from llmx.runtime.speculator import Speculator
 
 
 class DecodeStage:

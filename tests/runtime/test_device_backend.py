@@ -19,10 +19,10 @@ from llmx.runtime.device_sessions import (
     open_device_sessions,
     open_on_device,
     upload_weights,
-    why_not_on_device,
 )
 from llmx.runtime.device_steps import Block, buckets
 from llmx.runtime.manifest import Manifest, load_manifest
+from llmx.runtime.manifest_check import why_not_on_device
 from llmx.runtime.providers import Device, resolve_device
 from llmx.runtime.state import plan_state
 from llmx.runtime.step_logits import StepLogits
