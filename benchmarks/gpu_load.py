@@ -2,9 +2,12 @@
 
 Example:
     python benchmarks/gpu_load.py --package artifacts/llama-1b --clients 128
+    python benchmarks/gpu_load.py --package artifacts/llama-1b --clients 128 --http
+    python benchmarks/gpu_load.py --package artifacts/demo --clients 8 --http --device cpu   # a trial without a GPU
 
 Each client is a thread that sends its next prompt when its last one has ended; `AsyncLLM`'s thread runs the engine and
-hands pieces over as it does to the server. Nothing goes over HTTP. "Raw" is what the same work takes in launches alone: a
+hands pieces over as it does to the server. Nothing goes over HTTP, but with `--http`: then the clients are those of `llmx
+bench serve` in processes of their own (`gpu_http.py`), and `llmx serve` streams to them. "Raw" is what the same work takes in launches alone: a
 step of as many rows as clients for each output token, and the prompts' graphs, one after another.
 """
 
@@ -14,6 +17,7 @@ import argparse
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +65,15 @@ def load(llm: Any, clients: int, rounds: int, prompt: int, output: int, temperat
         thread.start()
     for thread in threads:
         thread.join()
-    start = max(thread.requests[0][1][-1] for thread in threads)
-    end = min(thread.requests[-1][1][-1] for thread in threads)
-    tokens = sum(start < at <= end for t in threads for _, times in t.requests for at in times)
-    counted = [(sent, times) for t in threads for sent, times in t.requests if sent >= start and times[0] <= end]
+    return statistics_of([thread.requests for thread in threads])
+
+
+def statistics_of(clients: list[list[tuple[float, list[float]]]]) -> dict[str, Any]:
+    """Of each client's requests: when each was sent, and when each of its tokens came."""
+    start = max(requests[0][1][-1] for requests in clients)
+    end = min(requests[-1][1][-1] for requests in clients)
+    tokens = sum(start < at <= end for requests in clients for _, times in requests for at in times)
+    counted = [(sent, times) for requests in clients for sent, times in requests if sent >= start and times[0] <= end]
     first = [1e3 * (times[0] - sent) for sent, times in counted]
     gaps = [1e3 * gap for _, times in counted for gap in np.diff(times)]
     return {
@@ -103,47 +112,77 @@ def main() -> None:
     parser.add_argument("--package", type=Path, required=True, help="llmx's package for CUDA")
     parser.add_argument("--clients", type=positive, default=128)
     parser.add_argument("--loads", default="128:256,512:128,32:512", help="prompt:output tokens, by commas")
+    parser.add_argument("--http", action="store_true", help="through `llmx serve`, clients in other processes")
+    parser.add_argument("--processes", type=positive, default=8, help="of the clients, with --http [default: 8]")
+    parser.add_argument("--device", default="cuda", help="with --http; on a CPU nothing is compared [default: cuda]")
     parser.add_argument("--rounds", type=positive, default=3, help="requests of each client that count [default: 3]")
     parser.add_argument("--json", type=Path, help="where to write the results [default: benchmarks/results/…]")
     args: argparse.Namespace = parser.parse_args()
-    import onnxruntime
-    import torch
-    from llmx.runtime import AsyncLLM
-
-    fill_weights(args.package, None)
-    started = {**machine(), "gpu": torch.cuda.get_device_name()}
-    started["versions"] |= {"onnxruntime": onnxruntime.__version__}  # the GPU's, whatever else is installed
     loads = [tuple(map(int, pair.split(":"))) for pair in args.loads.split(",")]
     length = max(prompt + output for prompt, output in loads) + 16
-    llm = AsyncLLM(args.package, "cuda", max_length=length, slots=args.clients)
+    started = on_gpu(args.package) if args.device != "cpu" else machine()
     results, rows = [], []
-    for prompt, output in loads:
-        for temperature in (0.0, 0.8):
-            load(llm, args.clients, 2, prompt, 24, temperature)
-            bare = raw(llm.llm.backend, args.clients, prompt, output)
-            found = load(llm, args.clients, args.rounds, prompt, output, temperature)
-            share = found["tokens_per_s"] / bare["tokens_per_s"]
-            steps = found["tokens_per_s"] / bare["steps_alone_tokens_per_s"]
-            results.append({"prompt": prompt, "output": output, "temperature": temperature, **found, "raw": bare,
-                            "of_raw": share, "of_steps_alone": steps})  # fmt: skip
-            rows.append([
-                f"{prompt} → {output}, {'greedy' if temperature == 0 else 'top-k 40'}", f"{found['tokens_per_s']:,.0f}",
-                f"{bare['tokens_per_s']:,.0f}", f"{share:.0%}", f"{steps:.0%}",
-                *(f"{found[key][p]:.1f}" for key in ("ttft_ms", "itl_ms") for p in ("p50", "p99")),
-            ])  # fmt: skip
-            print(rows[-1], flush=True)
-    llm._close()
+    for prompt, output, temperature, found, bare in measured(args, loads, length):
+        share, steps = (
+            found["tokens_per_s"] / bare[key] if bare else None for key in ("tokens_per_s", "steps_alone_tokens_per_s")
+        )
+        results.append({"prompt": prompt, "output": output, "temperature": temperature, **found, "raw": bare,
+                        "of_raw": share, "of_steps_alone": steps})  # fmt: skip
+        rows.append([
+            f"{prompt} → {output}, {'greedy' if temperature == 0 else 'top-k 40'}", f"{found['tokens_per_s']:,.0f}",
+            *((f"{bare['tokens_per_s']:,.0f}", f"{share:.0%}", f"{steps:.0%}") if bare else ("", "", "")),
+            *(f"{found[key][p]:.1f}" for key in ("ttft_ms", "itl_ms") for p in ("p50", "p99")),
+        ])  # fmt: skip
+        print(rows[-1], flush=True)
     columns = ["prompt → output", "tokens/s", "raw", "of raw", "of steps alone", "TTFT p50, ms", "p99", "ITL p50, ms", "p99"]  # fmt: skip
-    title = f"llmx's engine on a GPU, {args.clients} closed-loop clients in the process (no HTTP)"
+    how = f"over HTTP, from {args.processes} processes" if args.http else "in the process (no HTTP)"
+    title = f"llmx's engine on a GPU, {args.clients} closed-loop clients {how}"
     print_table(title, columns, rows)
-    page = {"title": "Load on a GPU", "section": "CUDA", "tables": [{"title": title, "columns": columns, "rows": rows}]}
+    heading = "Load on a GPU over HTTP" if args.http else "Load on a GPU"
+    page = {"title": heading, "section": "CUDA", "tables": [{"title": title, "columns": columns, "rows": rows}]}
     settings = {"clients": args.clients, "rounds": args.rounds, "package": args.package.name}
     write_results(
         args.json,
-        f"cuda-load-{args.package.name}",
+        f"cuda-{'http' if args.http else 'load'}-{args.package.name}",
         started,
         {**page, "settings": settings, "results": rounded_all(results)},
     )
+
+
+def on_gpu(package: Path) -> dict[str, Any]:
+    """Random weights where they are missing; `machine()` of a GPU's."""
+    import onnxruntime
+    import torch
+
+    fill_weights(package, None)
+    started = {**machine(), "gpu": torch.cuda.get_device_name()}
+    started["versions"] |= {"onnxruntime": onnxruntime.__version__}  # the GPU's, whatever else is installed
+    return started
+
+
+def measured(args: argparse.Namespace, loads: list[Any], length: int) -> Iterator[tuple[int, int, float, Any, Any]]:
+    """(prompt, output, temperature, what `load` found, what `raw` found) of each load, greedy and sampled."""
+    from llmx.runtime import AsyncLLM
+
+    kinds = [(prompt, output, temperature) for prompt, output in loads for temperature in (0.0, 0.8)]
+    bare: dict[Any, Any] = {}
+    if args.device != "cpu":
+        llm = AsyncLLM(args.package, args.device, max_length=length, slots=args.clients)
+        for prompt, output, temperature in kinds:
+            load(llm, args.clients, 2, prompt, 24, temperature)
+            bare[prompt, output] = raw(llm.llm.backend, args.clients, prompt, output)
+            if not args.http:
+                found = load(llm, args.clients, args.rounds, prompt, output, temperature)
+                yield prompt, output, temperature, found, bare[prompt, output]
+        llm._close()
+    if args.http:
+        from gpu_http import http_load, http_server
+
+        with http_server(args.package, args.device, args.clients, length) as url:
+            for prompt, output, temperature in kinds:
+                http_load(url, args.clients, args.processes, 2, prompt, 24, temperature)
+                found = http_load(url, args.clients, args.processes, args.rounds, prompt, output, temperature)
+                yield prompt, output, temperature, found, bare.get((prompt, output))
 
 
 def rounded_all(value: Any) -> Any:
