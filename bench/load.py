@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,23 +157,26 @@ class Client:
 
     def __init__(self, load: Load) -> None:
         try:
+            import h11
             import httpx
+            from llmx.bench.stream import Connections
         except ImportError:
             raise MissingDependencyError('`llmx bench serve` needs httpx: pip install "llmx[bench]".') from None
         self._httpx = httpx
         self.load = load
         headers = {"authorization": f"Bearer {load.api_key}"} if load.api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(load.timeout, pool=None)
         self._client = httpx.AsyncClient(
-            base_url=load.base_url.rstrip("/"), headers=headers, limits=limits, timeout=timeout, trust_env=False
+            base_url=load.base_url.rstrip("/"), headers=headers, timeout=load.timeout, trust_env=False
         )
+        self._connections = Connections(load.base_url, headers, load.timeout)
+        self._failures = (h11.ProtocolError, httpx.HTTPError, OSError, ValueError)
         self.model = load.model or ""
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._connections.close()
         await self._client.aclose()
 
     async def find_model(self) -> None:
@@ -193,38 +196,16 @@ class Client:
         """Send one request and read its answer to the end; a failure is the outcome's `error`."""
         outcome = Outcome(prompt.input_len)
         body = json.dumps(body_of(self.load, self.model, prompt)).encode()
-        outcome.start = last = time.perf_counter()
+        outcome.start = time.perf_counter()
+        reader = _Reader(outcome)
         try:
-            async with self._client.stream(
-                "POST", self.load.path, content=body, headers={"content-type": "application/json"}
-            ) as answer:
-                if answer.status_code != 200:
-                    await answer.aread()
-                    outcome.error = f"{answer.status_code}: {_message(answer.text)}"
-                    return outcome
-                chunks = 0
-                async for event in _events(answer.aiter_raw()):
-                    if "error" in event:
-                        outcome.error = f"error event: {_message(json.dumps(event))}"
-                        return outcome
-                    usage = event.get("usage")
-                    if usage:
-                        outcome.output_tokens = int(usage.get("completion_tokens") or 0)
-                        outcome.prompt_len = int(usage.get("prompt_tokens") or outcome.prompt_len)
-                    if not any(_has_output(choice) for choice in event.get("choices") or []):
-                        continue
-                    now = time.perf_counter()
-                    if chunks:
-                        outcome.gaps.append(now - last)
-                    else:
-                        outcome.ttft = now - outcome.start
-                    chunks, last = chunks + 1, now
-                outcome.latency = last - outcome.start
-                outcome.output_tokens = outcome.output_tokens or chunks
-                if not chunks:
-                    outcome.error = "the stream ended without any output"
-        except (self._httpx.HTTPError, ValueError) as error:
-            outcome.error = self._reason(error)
+            status, text = await self._connections.post(self.load.path, body, reader.feed)
+            if status != 200:
+                outcome.error = f"{status}: {_message(text.decode(errors='replace'))}"
+            elif outcome.error is None:
+                reader.finish()
+        except self._failures as error:
+            outcome.error = outcome.error or self._reason(error)
         return outcome
 
     def _reason(self, error: Exception) -> str:
@@ -250,18 +231,49 @@ def _message(text: str) -> str:
     return " ".join(str(text).split())[:200]
 
 
-async def _events(raw: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event up to `[DONE]`. Comments and other fields are skipped (WHATWG HTML, 9.2.6)."""
-    held = b""
-    async for piece in raw:
-        held = (held + piece).replace(b"\r\n", b"\n")
-        *events, held = held.split(b"\n\n")
+class _Reader:
+    """Notes when the events of an answer come that bring output."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._outcome, self._held, self._ended = outcome, b"", False
+        self._chunks, self._last = 0, outcome.start
+
+    def feed(self, piece: bytes) -> None:
+        """Take the JSON of each server-sent event up to `[DONE]`. Comments and other fields are skipped (WHATWG HTML,
+        9.2.6). Raises ValueError for what is not JSON.
+        """
+        now = time.perf_counter()
+        *events, self._held = (self._held + piece).replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:
             data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-            if data == b"[DONE]":
-                return
-            if data:
-                yield json.loads(data)
+            self._ended = self._ended or data == b"[DONE]"
+            if data and not self._ended and self._outcome.error is None:
+                self._take(json.loads(data), now)
+
+    def _take(self, event: dict[str, Any], now: float) -> None:
+        outcome = self._outcome
+        if "error" in event:
+            outcome.error = f"error event: {_message(json.dumps(event))}"
+            return
+        usage = event.get("usage")
+        if usage:
+            outcome.output_tokens = int(usage.get("completion_tokens") or 0)
+            outcome.prompt_len = int(usage.get("prompt_tokens") or outcome.prompt_len)
+        if not any(_has_output(choice) for choice in event.get("choices") or []):
+            return
+        if self._chunks:
+            outcome.gaps.append(now - self._last)
+        else:
+            outcome.ttft = now - outcome.start
+        self._chunks, self._last = self._chunks + 1, now
+
+    def finish(self) -> None:
+        """The answer is complete."""
+        outcome = self._outcome
+        outcome.latency = self._last - outcome.start
+        outcome.output_tokens = outcome.output_tokens or self._chunks
+        if not self._chunks:
+            outcome.error = "the stream ended without any output"
 
 
 async def run(load: Load, done: Callable[[int], object] = lambda _: None) -> tuple[list[Outcome], float]:

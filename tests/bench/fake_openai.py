@@ -20,7 +20,7 @@ class FakeServer:
         self.first, self.gap, self.piece, self.newline = first, gap, piece, newline
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str] = []
-        self.now = self.most = 0
+        self.now = self.most = self.connections = 0
         self.together = 1
         self.fail: Any = lambda _: None
         self._loop = asyncio.new_event_loop()
@@ -53,6 +53,7 @@ class FakeServer:
         server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode():
                 length = next(

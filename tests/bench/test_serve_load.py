@@ -16,7 +16,7 @@ from llmx.bench.load import Load, Outcome, arrivals, make_prompts
 from llmx.bench.load import run as run_load
 from llmx.bench.load_report import most_at_once, parse_goodput, report
 from llmx.cli import main
-from llmx.runtime.errors import RequestError
+from llmx.runtime.errors import LlmxError, RequestError
 
 
 def run(*arguments: object) -> Result:
@@ -117,6 +117,18 @@ def test_what_fails_is_counted_with_its_reason(server: FakeServer) -> None:
     assert (facts["completed"], facts["failed"]) == (2, 3)
     reasons = " ".join(facts["errors"])
     assert "429: too many" in reasons and "the engine broke" in reasons and "RemoteProtocolError" in reasons
+
+
+def test_connections_are_used_again_and_silence_ends_a_request(server: FakeServer) -> None:
+    outcomes, _ = asyncio.run(run_load(Load(server.url, "m", num_prompts=9, max_concurrency=3, output_len=4)))
+    assert [o.error for o in outcomes] == [None] * 9 and server.connections == 3
+    server.first = 0.5
+    load = Load(server.url, "m", num_prompts=1, output_len=4, timeout=0.2)
+    with pytest.raises(LlmxError, match=r"TimeoutError: nothing came for 0\.2 s"):
+        asyncio.run(run_load(load))
+    server.first, server.gap = 0.15, 0.15  # what comes in time is waited for, however long it takes in all
+    outcomes, _ = asyncio.run(run_load(load))
+    assert outcomes[0].error is None and outcomes[0].latency > 0.5
 
 
 def test_a_server_that_refuses_or_is_not_there_is_said_in_a_sentence(server: FakeServer) -> None:
