@@ -14,7 +14,7 @@ import numpy as np
 from llmx.runtime.ahead import Ahead
 from llmx.runtime.backend import Backend, open_backend
 from llmx.runtime.driver import Driver, PieceStream
-from llmx.runtime.errors import ContextLengthError, FamilyError, RequestError
+from llmx.runtime.errors import ContextLengthError, FamilyError, LlmxError, RequestError
 from llmx.runtime.hub import resolve_package
 from llmx.runtime.llm_chat import ChatMethods
 from llmx.runtime.llm_encoder import EncoderMethods
@@ -163,7 +163,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         """Continue one prompt or many; one RequestOutput each, in order.
 
         A prompt is text or a list of token ids (taken as they are). `params` is one SamplingParams for all, or one for
-        each. Raises RequestError (ContextLengthError for a prompt too long) before anything runs.
+        each. Raises RequestError (ContextLengthError for a prompt too long) before anything runs, and what ends a request
+        while it runs (rules that leave no token) when the others have ended; `generate_each` keeps these.
         """
         many = as_list(prompts)
         each = self._each_params(params, len(many))
@@ -172,6 +173,24 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
             return self._finished(requests)
         finally:
             self._abandon(requests)
+
+    def generate_each(
+        self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput | LlmxError]:
+        """`generate` where a bad request is no matter of the others: in its place is the error, not raised."""
+        requests: list[Request | LlmxError] = []
+        running: list[Request] = []
+        try:
+            for prompt, own in zip(prompts, self._each_params(params, len(prompts)), strict=True):
+                try:
+                    running += self._submit([(prompt, own, None)])
+                    requests.append(running[-1])
+                except RequestError as error:
+                    requests.append(error)
+            self._driver.drive(lambda: all(r.finished for r in running))
+            return [_output_or_error(request) for request in requests]
+        finally:
+            self._abandon(running)
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
         self._driver.drive(lambda: all(r.finished for r in requests))
@@ -325,6 +344,17 @@ def _prompt_ids(request: Request) -> list[int]:
     source = request.source
     ids: list[int] = source.tolist() if source is not None and source.ndim == 1 else request.prompt_ids
     return ids
+
+
+def _output_or_error(request: Request | LlmxError) -> RequestOutput | LlmxError:
+    """Raises what is no LlmxError: a fault of the program, not of the request."""
+    if isinstance(request, LlmxError):
+        return request
+    if request.error is None:
+        return output_of(request)
+    if isinstance(request.error, LlmxError):
+        return request.error
+    raise request.error
 
 
 def output_of(request: Request) -> RequestOutput:

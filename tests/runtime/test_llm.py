@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llmx.runtime import LLM, AsyncLLM, ClosedError, ContextLengthError, OutOfMemoryError, RequestError, SamplingParams
+from llmx.runtime import (
+    LLM,
+    AsyncLLM,
+    ClosedError,
+    ContextLengthError,
+    OutOfMemoryError,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
 
 PROMPTS = ["ROMEO:", "JULIET:\nO", "First Citizen:\nBefore we proceed any further", "KING", "All:\n"]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -67,6 +76,26 @@ def test_a_bad_request_does_not_run_its_batch(llm: LLM) -> None:
     with pytest.raises(ContextLengthError):
         llm.generate(["fine", "word " * 3000], GREEDY)
     llm.generate("x", SamplingParams(max_tokens=1))
+    assert free(llm)
+
+
+def test_each_request_gets_its_output_or_its_error(llm: LLM) -> None:
+    """Refused, failed while it ran, and fine, side by side; the fine ones as they are alone."""
+    nothing = SamplingParams(max_tokens=4, allowed_token_ids=[5], bad_words_ids=[[5]])
+    outs = llm.generate_each(
+        ["fine", "word " * 3000, PROMPTS[0], PROMPTS[1], PROMPTS[2]],
+        [GREEDY, GREEDY, nothing, SamplingParams(stop_token_ids=[99_999]), GREEDY],
+    )
+    assert [type(out) for out in outs] == [
+        RequestOutput, ContextLengthError, RequestError, RequestError, RequestOutput,
+    ]  # fmt: skip
+    assert "No token is left" in str(outs[2]) and "stop_token_ids must lie between 0" in str(outs[3])
+    alone = [llm.generate(prompt, GREEDY)[0].outputs[0] for prompt in ("fine", PROMPTS[2])]
+    assert [out.outputs[0].token_ids for out in (outs[0], outs[4]) if isinstance(out, RequestOutput)] == [
+        output.token_ids for output in alone
+    ]
+    with pytest.raises(RequestError, match="2 SamplingParams"):
+        llm.generate_each(["a"], [GREEDY, GREEDY])
     assert free(llm)
 
 
