@@ -9,8 +9,10 @@ of known quality that costs nothing. Prompts are random tokens then.
 
 One request at a time. Plain and speculative runs of a prompt alternate. With each drafter as many guesses are made as pay
 (none, where none do), or `--num-tokens`; with a draft, a fixed number as well, whether it pays or not. Each kind of step is
-then timed alone: a decode step, a pass over 2 … k + 1 tokens, a step of the draft and its reading of a prompt (which it has to
-read before it can guess), and what plain decoding spends on a token besides its step. From these and the passes that were counted comes the prediction.
+then timed: a decode step and a pass over 2 … k + 1 tokens, each alone; k steps of the draft after a pass, which has just put its own
+weights into the caches (and a step of the draft alone, for `predicted_alone` in the JSON); the draft's reading of a prompt, which
+it has to read before it can guess; and what plain decoding spends on a token besides its step. From these and the passes that
+were counted comes the prediction.
 """
 
 from __future__ import annotations
@@ -188,6 +190,7 @@ def step_times(plain: Any, fast: Any, per_token: float, widest: int, prompt_toke
     if draft is not None:
         draft.prefill(0, np.full(CONTEXT, 5), 0, np.zeros(0, np.int64))
         times["draft"] = seconds(lambda: draft.decode(one, length).rows())
+        times["drafts"] = {count: after_a_pass(target, draft, count) for count in range(1, widest + 1)}
         chunk, text = fast.prefill_chunk, np.full(prompt_tokens, 5)
 
         def read() -> None:
@@ -199,11 +202,27 @@ def step_times(plain: Any, fast: Any, per_token: float, widest: int, prompt_toke
     return times
 
 
-def predict(result: dict[str, Any], times: dict[str, Any]) -> float:
-    """The speed-up that the counted passes give at these step times."""
+def after_a_pass(target: Any, draft: Any, count: int) -> float:
+    """Seconds of `count` steps of the draft, each after a pass of the model: as the two alternate."""
+    one, times = np.array([5]), []
+    for _ in range(30):
+        target.prefill_each(0, np.full(count + 1, 5), CONTEXT, 0.0).greedy(count)
+        start = time.perf_counter()
+        for index in range(count):
+            draft.decode(one, np.array([CONTEXT + index])).rows()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[3:])
+
+
+def predict(result: dict[str, Any], times: dict[str, Any], alone: bool = False) -> float:
+    """The speed-up that the counted passes give at these step times; `alone`: with the draft's as if nothing ran in between."""
+    drafts = times.get("drafts")
     host = result["tokens"] * times["host"]
     plain = result["tokens"] * times["decode"] + host
-    passes = sum(n * (times["verify"][k] + k * times["draft"]) for k, n in result["passes_by_guesses"].items())
+    passes = sum(
+        n * (times["verify"][k] + (k * times["draft"] if alone or drafts is None else drafts[k]))
+        for k, n in result["passes_by_guesses"].items()
+    )
     prompts = result["prompts_drafted"] * times["draft_prompt"]
     return float(plain / (passes + prompts + result["plain_steps"] * times["decode"] + host))
 
@@ -265,6 +284,7 @@ def run(args: argparse.Namespace) -> None:
                     times = step_times(plain, fast, per_token, widest, result["prompt_tokens"])
                     result["predicted_speedup"] = predict(result, times)
                     result["of_predicted"] = result["speedup"] / result["predicted_speedup"]
+                    result["predicted_alone"] = predict(result, times, alone=True)
                     results.append({"drafter": name, "prompts": kind, **result, "step_seconds": times})
                     rows.append([
                         f"guesses right {name} of the time" if known else f"{name}, {kind}",

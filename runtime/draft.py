@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.errors import LlmxError
@@ -143,7 +145,7 @@ def _draw(row: np.ndarray, sequence: Sequence) -> Guess:
     params, history = sequence.params, sequence.history
     if asked_now(sequence) == 0.0:
         token = int(row.argmax())
-        if np.isfinite(row[token]):
+        if math.isfinite(row[token]):
             return Guess(token)
     c = distribution(row, params, history)
     return Guess(int(c.ids[0]) if params.temperature == 0.0 else draw(c, sequence.generator), c)
