@@ -80,10 +80,7 @@ class OutputStage:
             metrics.num_output_tokens += 1
             self.num_tokens += 1
             if request.emit is not None:
-                try:
-                    request.emit(StreamPiece(text, [token], sequence.index))
-                except Exception:
-                    request.emit, request.cancelled = None, True
+                self._send(request, StreamPiece(text, [token], sequence.index))
 
     def take(self, sequence: Sequence, pick: Callable[[], Choice]) -> bool:
         """The next token is what `pick` chooses; whether the sequence goes on.
