@@ -153,8 +153,8 @@ class Generation:
         self._timer = asyncio.get_running_loop().call_later(wait, self._mailbox.fail, TimeoutError())
 
     async def pieces(self) -> AsyncIterator[list[tuple[int, StreamPiece]]]:
-        """(prompt's index, piece) as they come, as many as there are, until all have ended. Raises the first error of a
-        request.
+        """(prompt's index, piece) as they come, as many as there are, until all have ended: one piece for each continuation,
+        so that a loop that falls behind has less to do. Raises the first error of a request.
         """
         ended = 0
         while ended < sum(len(request.sequences) for request in self.requests):  # fewer once a beam search has ended
@@ -163,10 +163,10 @@ class Generation:
                 error = self.requests[index].error
                 if error is not None:
                     if number:
-                        yield batch[:number]
+                        yield merged(batch[:number])
                     raise error
                 ended += piece.finish_reason is not None
-            yield batch
+            yield merged(batch)
 
     def close(self) -> None:
         """Idempotent; the slots are free before the engine's next step."""
@@ -187,6 +187,30 @@ class Generation:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def merged(batch: list[tuple[int, StreamPiece]]) -> list[tuple[int, StreamPiece]]:
+    """`batch` with the pieces of each continuation joined: texts, tokens and log-probabilities in order, the last one's end."""
+    if len(batch) == 1:
+        return batch
+    runs: dict[tuple[int, int], list[StreamPiece]] = {}
+    for index, piece in batch:
+        runs.setdefault((index, piece.index), []).append(piece)
+    return [(index, run[0] if len(run) == 1 else _joined(run)) for (index, _), run in runs.items()]
+
+
+def _joined(run: list[StreamPiece]) -> StreamPiece:
+    last = run[-1]
+    logprobs = [entry for piece in run for entry in piece.logprobs or ()] or None
+    return StreamPiece(
+        "".join([piece.text for piece in run]),
+        [token for piece in run for token in piece.token_ids],
+        last.index,
+        last.finish_reason,
+        last.stop_reason,
+        logprobs,
+        last.metrics,
+    )
 
 
 class Models:

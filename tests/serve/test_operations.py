@@ -137,6 +137,38 @@ def test_overload_is_refused_at_once_and_the_others_are_served(serving: Serving,
     server.wait_idle()
 
 
+def test_what_a_loop_that_is_behind_has_not_sent_goes_out_together(serving: Serving) -> None:
+    """One event for all tokens of a continuation that wait; none of their log-probabilities is lost."""
+    server = serving(slots=2)
+    loop, held, go_on = server.server.servers[0].get_loop(), threading.Event(), threading.Event()
+    body = {
+        "prompt": "ROMEO:",
+        "max_tokens": 60,
+        "temperature": 0.9,
+        "seed": 3,
+        "n": 2,
+        "logprobs": 1,
+        "ignore_eos": True,
+    }
+    whole = server.post("/v1/completions", body).json()
+    texts, tokens, events = ["", ""], [[], []], 0
+    with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        loop.call_soon_threadsafe(lambda: (held.set(), go_on.wait(30)))
+        assert held.wait(30)
+        until(lambda: not server.engine.has_work, 30)
+        go_on.set()
+        for line in lines:
+            if line.startswith("data: {"):
+                events += 1
+                [choice] = json.loads(line.removeprefix("data: "))["choices"]
+                texts[choice["index"]] += choice["text"]
+                tokens[choice["index"]] += choice["logprobs"]["token_logprobs"]
+    assert events < 100
+    assert texts == [choice["text"] for choice in whole["choices"]]
+    assert tokens == [choice["logprobs"]["token_logprobs"] for choice in whole["choices"]]
+
+
 def test_more_continuations_than_there_are_places(serving: Serving) -> None:
     server = serving(slots=2, max_queue=2)
     answer = server.post("/v1/completions", {"prompt": ["x"] * 5, "max_tokens": 1})
