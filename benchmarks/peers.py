@@ -64,7 +64,7 @@ REMOVED = {"openvino": "torchvision"}
 VENV = {"llama.cpp": "llama", "onnxruntime-genai": "genai", "openvino-genai": "openvino"}
 #: Engines and the weights they can be given, the longest names first.
 KINDS = {
-    "llmx": ("fp32", "fp16", "bf16", "int8", "int4", "int4-head4"),
+    "llmx": ("fp32", "fp16", "bf16", "int8", "int4", "int4-head4", "int8-same", "int4-same"),
     "llama.cpp": ("f32", "q8_0", "q4_0"),
     "onnxruntime-genai": ("fp32", "fp16", "int4"),
     "openvino-genai": ("fp32", "bf16", "int8", "int4"),
@@ -125,6 +125,8 @@ def llmx_export(checkpoint: Path, output: Path, dtype: str) -> list[str]:
     weights = ["--quantize", dtype] if dtype.startswith("int") else ["--dtype", dtype]
     if dtype == "int4-head4":  # the output head and the embedding too, as onnxruntime-genai's builder does
         weights = ["--quantize", "int4", "--quantize-head", "int4"]
+    elif dtype.endswith("-same"):  # prompts by the products that decoding has
+        weights = ["--quantize", dtype.removesuffix("-same"), "--quantize-prompts", "same"]
     return [*command, *weights, "--no-verify"]
 
 

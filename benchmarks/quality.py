@@ -25,7 +25,7 @@ DEMO = ROOT / "artifacts" / "checkpoints" / "demo"
 TEXT = ROOT / "artifacts" / "checkpoints" / "data" / "tinyshakespeare.txt"
 REFERENCE = "transformers-fp32"
 PEERS = (
-    "llmx-fp32,llmx-int8,llmx-int4,llmx-int4-head4,llama.cpp-q8_0,llama.cpp-q4_0,onnxruntime-genai-int4,"
+    "llmx-fp32,llmx-int8,llmx-int8-same,llmx-int4,llmx-int4-same,llmx-int4-head4,llama.cpp-q8_0,llama.cpp-q4_0,onnxruntime-genai-int4,"
     "openvino-genai-int8,openvino-genai-int4"
 )
 

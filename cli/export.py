@@ -54,6 +54,11 @@ from llmx.runtime.units import human_bytes
     help="Round to nearest, or so that layers' outputs on a calibration text change least [default: rtn].",
 )
 @click.option(
+    "--quantize-prompts",
+    type=click.Choice(["auto", "int8", "same"]),
+    help="Prompts multiply with an int8 copy of the layers (a byte a weight), or with the same weights as decoding [default: auto].",
+)
+@click.option(
     "--calibration-file",
     type=click.Path(dir_okay=False, path_type=Path),
     help="UTF-8 text for gptq [default: text that the model writes].",
@@ -172,6 +177,7 @@ def _quantization(options: dict[str, Any]) -> Any:
         "method": options.pop("quantize_method"),
         "calibration_file": options.pop("calibration_file"),
         "quality_file": options.pop("quality_file"),
+        "prompts": options.pop("quantize_prompts"),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if weights is None and given:

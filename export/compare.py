@@ -17,7 +17,7 @@ from llmx.export.agreement import greedy_params, token_agreement
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.compare_encoders import compare_encoder
 from llmx.export.compare_seq2seq import compare_seq2seq
-from llmx.export.dequantized import exact_copy, quantized_matrices, use_package_weights
+from llmx.export.dequantized import check_integer_forms, exact_copy, quantized_matrices, use_package_weights
 from llmx.export.differences import Differences, Spot
 from llmx.export.pair import LENGTHS, CompareOptions, Pair, Report, Stage
 from llmx.export.perplexity import perplexity, text_ids, window_length
@@ -79,7 +79,9 @@ def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Repor
     report.tolerance = pair.tolerance
     stage("Reading the quantized weights")
     try:
-        use_package_weights(pair.model, quantized_matrices(pair.folder, pair.manifest))
+        matrices = quantized_matrices(pair.folder, pair.manifest)
+        use_package_weights(pair.model, matrices)
+        check_integer_forms(pair.folder, pair.manifest, matrices)
     except VerificationError as error:
         pair.fail(report, str(error))
         return report

@@ -77,6 +77,38 @@ def quantized_matrices(folder: Path, manifest: Manifest) -> dict[str, StoredMatr
     return found
 
 
+def check_integer_forms(folder: Path, manifest: Manifest, matrices: dict[str, StoredMatrix]) -> None:
+    """Raises VerificationError where the second, integer form of a matrix, by which prompts are computed
+    (llmx.export.integer_products), does not lie near its first.
+    """
+    forms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for node in ir.load(folder / manifest.graphs["prefill"].file).graph if "append" in manifest.graphs else ():
+        codes = node.inputs[1] if node.op_type == "MatMulIntegerToFloat" else None
+        if codes is not None and codes.name is not None:
+            integers, scales = _array(codes), _array(node.inputs[3])
+            assert integers is not None and scales is not None
+            forms[codes.name.removesuffix(".int8")] = (integers, scales)
+    at = {name: index for joined in matrices for index, name in enumerate(joined.split("+"))}
+    for joined, matrix in matrices.items():
+        names, first = joined.split("+"), 0
+        for name in sorted((n for n in forms if set(n.split("+")) <= set(names)), key=lambda n: at[n.split("+")[0]]):
+            integers, scales = forms.pop(name)
+            difference = norm = 0.0
+            for start, rows in matrix.rows(first, len(scales)):
+                part = slice(start, start + len(rows))
+                other = torch.from_numpy(integers[:, part].T.astype(np.float32) * scales[part, None].astype(np.float32))
+                difference += float((rows - other).double().square().sum())
+                norm += float(rows.double().square().sum())
+            first += len(scales)
+            if not difference**0.5 <= _LARGEST_ERROR[8] * norm**0.5:
+                raise VerificationError(
+                    f"The int8 form of {name}, by which prompts are computed, is not the matrix: they lie "
+                    f"{(difference / max(norm, 1e-30)) ** 0.5:.2g} of its norm apart (at most {_LARGEST_ERROR[8]:g} is rounding)."
+                )
+    if forms:
+        raise VerificationError(f"{next(iter(forms))} has an int8 form and no other in the package.")
+
+
 def _stored(
     node: ir.Node, codes: np.ndarray | None, scales: np.ndarray | None, zeros: np.ndarray | None
 ) -> StoredMatrix:
@@ -157,8 +189,10 @@ def exact_copy(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifes
         for name in manifest.files:
             if not any(graph.file == name for graph in manifest.graphs.values()):
                 _link(folder / name, copy / name)
-        for graph in manifest.graphs.values():
-            model = ir.load(folder / graph.file)
+        for name, graph in manifest.graphs.items():
+            # prompts by integer products have another form of the weights: the graph that they came from stands for them
+            exact_graph = manifest.graphs["append"] if name == "prefill" and "append" in manifest.graphs else graph
+            model = ir.load(folder / exact_graph.file)
             for node in list(model.graph):
                 if node.op_type in ("MatMulNBits", "QMoE"):
                     node.attributes.pop("accuracy_level", None)

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
-from llmx.export.dequantized import StoredMatrix, exact_copy, quantized_matrices, use_package_weights
+from llmx.export.dequantized import (
+    StoredMatrix,
+    check_integer_forms,
+    exact_copy,
+    quantized_matrices,
+    use_package_weights,
+)
 from llmx.export.encoder import verify_encoder
 from llmx.export.families import write_decoder, write_encoder, write_seq2seq
 from llmx.export.package import package_folder, write_manifest
@@ -102,6 +108,7 @@ def _verified(
 
     with exact_copy(folder, manifest) as (exact_folder, exact):
         checked = _compared(exact, exact_folder, checkpoint, options, load_rounded, reporter)
+    check_integer_forms(folder, manifest, matrices)
     manifest = replace(checked, files=manifest.files)
     if manifest.family == "decoder":
         quality = _quality(
@@ -148,9 +155,19 @@ def _quality(
     model = load()
     longest = min(manifest.model.context_length, _LONGEST)
     texts = written_by(model, longest) if file is None else [read_ids(folder, manifest, file)]
-    backend = open_backend(folder, manifest, device="cpu", max_length=longest, mapped_cache=False)
-    try:
-        text = "written by the model" if file is None else file.name
-        return {"text": text, **decoder_quality(backend, model, matrices, texts)}
-    finally:
-        backend.close()
+
+    def quality(measured: Manifest, model: Any) -> dict[str, Any]:
+        backend = open_backend(folder, measured, device="cpu", max_length=longest, mapped_cache=False)
+        try:
+            return decoder_quality(backend, model, matrices, texts)
+        finally:
+            backend.close()
+
+    found = {"text": "written by the model" if file is None else file.name}
+    append = manifest.graphs.get("append")
+    if append is None:
+        return found | quality(manifest, model)
+    # what decoding computes, and apart from it what prompts do, whose products are others
+    same = {name: graph for name, graph in manifest.graphs.items() if name != "append"} | {"prefill": append}
+    found |= quality(replace(manifest, graphs=same), model)
+    return found | {"prompts": quality(manifest, load())}

@@ -24,6 +24,7 @@ from llmx.runtime.errors import ExportError
 
 BITS = {"int8": 8, "int4": 4}
 _FEWEST_ROWS = 16  # outputs; fewer are gates, of no weight
+LARGEST_FORM = 2 << 30  # bytes of a second form of the weights that nobody asked for
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class QuantizationOptions:
     """`weights` and `head` ("int8" | "int4"; `head` also "none"): of the layers' matrices, and of the output head and the
     embedding. `exclude`: patterns of module names that stay as they are. `method`: "rtn" rounds to nearest, "gptq" for the
     inputs that `calibration_file` gives rise to. `quality_file`: text on which to measure what quantization costs. Both
-    default to text that the model writes.
+    default to text that the model writes. `prompts` ("int8" | "same" | "auto"): whether prompts multiply with a second form of
+    the layers' matrices, int8 (llmx.export.integer_products); "auto" does so up to `LARGEST_FORM` bytes.
     """
 
     weights: str
@@ -42,12 +44,15 @@ class QuantizationOptions:
     method: str = "rtn"
     calibration_file: Path | None = None
     quality_file: Path | None = None
+    prompts: str = "auto"
 
     def __post_init__(self) -> None:
         if self.weights not in BITS or self.head not in (*BITS, "none"):
             raise ExportError(f"--quantize takes {' or '.join(BITS)}, --quantize-head also none.")
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ExportError(f"--quantize-block-size is 16, 32, 64, 128 or 256, and not {self.block_size}.")
+        if self.prompts not in ("auto", "int8", "same"):
+            raise ExportError(f"--quantize-prompts is auto, int8 or same, and not {self.prompts}.")
         if self.method not in ("rtn", "gptq"):
             raise ExportError(f"--quantize-method is rtn or gptq, and not {self.method}.")
         for file in (self.calibration_file, self.quality_file):
@@ -61,6 +66,20 @@ class QuantizationOptions:
     @property
     def head_scheme(self) -> Scheme | None:
         return None if self.head == "none" else Scheme(BITS[self.head], self.block_size, self.symmetric)
+
+
+def second_form(plan: Plan, options: QuantizationOptions | None, ends: set[str]) -> Plan:
+    """The matrices of `plan` that prompts get in int8 too, which is a byte a value; `ends` are those that get none."""
+    asked = options.prompts if options is not None else "auto"
+    layers = {name: weight for name, weight in plan.items() if name not in ends}
+    small = sum(map(num_values, layers.values())) <= LARGEST_FORM
+    if asked == "same" or (asked == "auto" and not small):
+        return {}
+    return layers
+
+
+def num_values(weight: QuantizedWeight) -> int:
+    return weight.shape[0] * weight.shape[1]
 
 
 def read_text(file: Path) -> str:
@@ -109,6 +128,11 @@ class QuantizedWeight:
         }
         return sizes | ({self.zero_points: rows * self.scheme.zero_point_bytes(columns)} if self.zero_points else {})
 
+    @property
+    def below_each_other(self) -> tuple[QuantizedWeight, ...]:
+        """The stored matrices whose rows these are, in order."""
+        return (self,)
+
     def parts(self) -> Iterator[tuple[str, Iterator[memoryview]]]:
         """Key and bytes of each part; the codes must be read before what follows them."""
         scales: list[torch.Tensor] = []
@@ -151,6 +175,10 @@ def side_by_side(weights: Sequence[QuantizedWeight | None]) -> QuantizedWeight |
 @dataclass(frozen=True)
 class _SideBySide(QuantizedWeight):
     members: tuple[QuantizedWeight, ...] = ()
+
+    @property
+    def below_each_other(self) -> tuple[QuantizedWeight, ...]:
+        return self.members
 
     @property
     def codes(self) -> str:
@@ -283,6 +311,12 @@ def _ends(module: Any) -> list[torch.nn.Module]:
         head = None
     tables = [module.get_input_embeddings(), head]
     return [table for table in tables if isinstance(table, (torch.nn.Linear, torch.nn.Embedding))]
+
+
+def end_names(source: SourceModel) -> set[str]:
+    """The stored names of the output head's and the embedding's matrices."""
+    ends = {id(module.weight) for module in _ends(source.module)}
+    return {name for name, parameter in source.parameters_by_name().values() if id(parameter) in ends}
 
 
 def _expert_counts(module: Any) -> set[int]:

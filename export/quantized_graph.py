@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from llmx.export.fusions import MICROSOFT
+from llmx.export.integer_products import IntegerProducts
 from llmx.export.packed import parameter_names
 from llmx.export.quantization import Plan, QuantizedWeight, side_by_side
 from llmx.export.weights import SourceModel
@@ -142,6 +143,19 @@ def quantize_graphs(
         RemoveUnusedOpsetsPass()(model)
         used |= rewrite.used
     return [weight for name, weight in plan.items() if name in used]
+
+
+def integer_prompts(graphs: dict[str, ir.Model], second: Plan) -> bool:
+    """Let the prefill graph, where it has a state to go on from, multiply with an integer form of the matrices in `second`; what
+    it was becomes the graph "append", for few tokens. Whether there was one to change.
+    """
+    prefill = graphs.get("prefill")
+    if prefill is None or "seqlens_k" not in {value.name for value in prefill.graph.inputs}:
+        return False
+    append = prefill.clone()
+    if IntegerProducts(second, KEY)(prefill).modified:
+        graphs["append"] = append
+    return "append" in graphs
 
 
 def _replace(model: ir.Model, nodes: list[ir.Node], fused: ir.Node) -> None:

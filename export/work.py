@@ -28,9 +28,12 @@ from llmx.export.quantization import (
     QuantizationOptions,
     QuantizedWeight,
     describe_quantization,
+    end_names,
+    num_values,
     plan_quantization,
+    second_form,
 )
-from llmx.export.quantized_graph import quantize_graphs
+from llmx.export.quantized_graph import integer_prompts, quantize_graphs
 from llmx.export.targets import Target
 from llmx.export.tokenizer import TOKENIZER_FILE, generation_defaults, load_tokenizer, write_tokenizer
 from llmx.export.weights import SourceModel, build_source, load_model
@@ -108,6 +111,7 @@ class Work:
     stages: Stages
     warnings: list[str]
     quantized: list[QuantizedWeight] = field(default_factory=list)  # what the written graphs read so
+    integer_prompts: bool = False  # whether prompts multiply with a second form of those
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -147,14 +151,23 @@ class Work:
         """`make` the graphs by name while the weights are written; the graphs, and what is known of the weights' file."""
         plan = self._plan(source)
         with WeightsWriter(self.folder / WEIGHTS_FILE, source, plan) as writer, uncollected():
-            check_free_space(self.folder, int(writer.expected_bytes * 1.02))
+            second = self._second_form(source, plan)
+            check_free_space(self.folder, int((writer.expected_bytes + sum(map(num_values, second.values()))) * 1.02))
             graphs = make()
             if plan:
                 self.quantized = quantize_graphs(graphs, source, plan, self.target.accuracy_level)
+            if second:
+                self.integer_prompts = integer_prompts(graphs, second)
             self.stages.begin("write")
             files = {graph_file(name): graph for name, graph in graphs.items()}
             write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
         return graphs, {WEIGHTS_FILE: FileInfo(writer.size, writer.sha256)}
+
+    def _second_form(self, source: SourceModel, plan: Plan) -> Plan:
+        """The matrices that prompts get in int8 as well: on the provider whose products of integers are the faster ones."""
+        if self.target.on_device or self.torch_dtype != torch.float32:
+            return {}
+        return second_form(plan, self.options.quantize, end_names(source))
 
     def _plan(self, source: SourceModel) -> Plan:
         """What is written quantized, calibrated where that is asked for."""
@@ -195,10 +208,14 @@ class Work:
             verification=Verification("skipped", reason="not verified yet"),
             files=hash_files(self.folder, hashed),
             min_onnxruntime=self.target.min_onnxruntime,
-            quantization=describe_quantization(self.quantized, source, self.options.quantize, self.checkpoint.packed),
+            quantization=self._quantization(source),
             weights=describe_weights(graphs) if self.target.on_device else [],
             **parts,
         )
+
+    def _quantization(self, source: SourceModel) -> dict[str, Any] | None:
+        found = describe_quantization(self.quantized, source, self.options.quantize, self.checkpoint.packed)
+        return found and found | {"prompts": "int8" if self.integer_prompts else "same"}
 
 
 def graph_file(name: str) -> str:

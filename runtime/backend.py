@@ -17,6 +17,10 @@ from llmx.runtime.state import StatePool, plan_state
 from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
 
 _KEPT_PREFILL_STEPS = 16
+#: Prompt tokens at once, fastest of 64 to 512: causal chunks skip work that one large chunk masks. With integer products, which
+#: are fast with few rows, smaller ones are.
+_CHUNK, _INTEGER_CHUNK = 192, 128
+_FEW = 12  # tokens, up to which the graph "append" is faster than integer products
 
 
 class Backend(Protocol):
@@ -121,7 +125,6 @@ class OrtBackend(HostPrefill):
     """
 
     chunked = rewinds = stores_state = True
-    prefill_chunk = 192  # the fastest of 64 to 512: causal chunks skip work that one large chunk masks
     last_hidden: np.ndarray | None = None
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
@@ -130,8 +133,10 @@ class OrtBackend(HostPrefill):
         self.vocab_size = manifest.model.vocab_size
         self.recompute_at = manifest.model.recompute_at
         self.state_by_length = any(t.role == "rope_lengths" for g in manifest.graphs.values() for t in g.inputs)
-        prefill = manifest.graphs["prefill"]
-        self.verifies_batches = prefill.input_named("query_seqlens") is not None
+        # "append" is prefill with decode's products, where prefill has others
+        self._append = "append" if "append" in manifest.graphs else "prefill"
+        self.prefill_chunk = _CHUNK if self._append == "prefill" else _INTEGER_CHUNK
+        self.verifies_batches = manifest.graphs["prefill"].input_named("query_seqlens") is not None
         self._verify_steps: dict[tuple[int, int], _Step] = {}
         self._sessions = sessions
         self._state = state
@@ -162,8 +167,9 @@ class OrtBackend(HostPrefill):
         key = (slot, count, asked)
         step = self._prefill_steps.pop(key, None)
         if step is None:
-            graph = self.manifest.graphs["prefill"]
-            step = _Step(self._sessions["prefill"], graph, self._state, slot, 1, count, asked, self.manifest)
+            name = self._append if count <= _FEW else "prefill"
+            graph = self.manifest.graphs[name]
+            step = _Step(self._sessions[name], graph, self._state, slot, 1, count, asked, self.manifest)
             while len(self._prefill_steps) >= _KEPT_PREFILL_STEPS:
                 self._prefill_steps.pop(next(iter(self._prefill_steps)))
         self._prefill_steps[key] = step  # most recently used last
@@ -196,8 +202,8 @@ class OrtBackend(HostPrefill):
         rows, width = token_ids.shape
         step = self._verify_steps.pop((rows, width), None)
         if step is None:
-            graph = self.manifest.graphs["prefill"]
-            step = _Step(self._sessions["prefill"], graph, self._state, 0, rows, width, width, self.manifest)
+            graph = self.manifest.graphs[self._append]
+            step = _Step(self._sessions[self._append], graph, self._state, 0, rows, width, width, self.manifest)
             step.feed("logits_positions", np.arange(width)[None])
             while len(self._verify_steps) >= _KEPT_PREFILL_STEPS:
                 self._verify_steps.pop(next(iter(self._verify_steps)))

@@ -42,8 +42,9 @@ def check_parts(manifest: Manifest, where: str) -> None:
     own, cross = [t for t in state if t.layout != "cross"], [t for t in state if t.layout == "cross"]
     if (manifest.family == "encoder-decoder") != (manifest.seq2seq is not None):
         raise PackageError(f"{where}: seq2seq goes with the family encoder-decoder; {_AGAIN}")
-    for name in set(_GRAPHS.get(manifest.family, ())) & set(manifest.graphs):
-        inputs = {t.input for t in state} if name == "decode" or (not carried and name == "prefill") else set()
+    for name in {*_GRAPHS.get(manifest.family, ()), "append"} & set(manifest.graphs):
+        whole = name in ("decode", "append") or (not carried and name == "prefill")
+        inputs = {t.input for t in state} if whole else set()
         outputs = {t.output for t in (cross if name == "encoder" else own)}
         _check_state(manifest.graphs[name], inputs, outputs, f"{where}: graphs.{name}")
 

@@ -7,7 +7,7 @@ memory-mapped instead: no copy, shared by both graphs and by every process that 
 An entry depends on the package's weights, onnxruntime's version and the CPU, so it lives in the user's cache folder and
 never in the package:
 
-    <cache>/<key>/prefill.onnx, decode.onnx, weights.bin (, decode/…, where the graphs' blobs differ), complete
+    <cache>/<key>/prefill.onnx, decode.onnx, weights.bin, complete; where graphs' blobs differ, decode/decode.onnx, decode/weights.bin
 
 Invariants: an entry's folder appears by one rename, with `complete` in it; whoever finds it may read it without a lock.
 Least recently used entries are removed when the cache outgrows its bound.
@@ -99,8 +99,7 @@ class MappedCache:
 
     @staticmethod
     def _graph(entry: Path, file: str) -> Path:
-        own = entry / Path(file).stem / file
-        return own if own.is_file() else entry / file
+        return next((path for path in entry.glob(f"*/{file}")), entry / file)
 
     def _usable(self, entry: Path, names: dict[str, str]) -> bool:
         """Whether every file that the entry noted on completion still has its size."""
@@ -133,18 +132,20 @@ class MappedCache:
 
     @staticmethod
     def _merge(partial: Path, files: list[str]) -> None:
-        """Bring graphs whose blobs are byte-identical together over one data file; the first's is kept."""
-        first = partial / Path(files[0]).stem
-        kept = first / DATA_FILE
+        """Bring graphs whose blobs are byte-identical together over one data file, the first's; the first graph's to the top."""
+        kept: list[Path] = []
         for file in files:
             own = partial / Path(file).stem
-            if own == first or (kept.is_file() and filecmp.cmp(kept, own / DATA_FILE, shallow=False)):
-                (own / file).rename(partial / file)
-                if own != first:
-                    (own / DATA_FILE).unlink()
-                    own.rmdir()
-        kept.rename(partial / DATA_FILE)
-        first.rmdir()
+            same = next((f for f in kept if filecmp.cmp(f / DATA_FILE, own / DATA_FILE, shallow=False)), None)
+            if same is None:
+                kept.append(own)
+                continue
+            (own / file).rename(same / file)
+            (own / DATA_FILE).unlink()
+            own.rmdir()
+        for path in list(kept[0].iterdir()):
+            path.rename(partial / path.name)
+        kept[0].rmdir()
 
     def _evict(self, needed: int) -> None:
         """Remove what died builders left, and least recently used entries until `needed` more bytes stay within the bound."""

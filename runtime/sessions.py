@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +45,28 @@ def session_options(settings: SessionSettings) -> Any:
     return options
 
 
+#: Graphs that not every process runs: opened when they are first asked for.
+_LATE = ("append",)
+
+
+class Sessions(dict[str, Any]):
+    """Sessions by their graph's name; `open_late` opens what is first asked for later, and raises KeyError where there is no such
+    graph.
+    """
+
+    def __init__(self, opened: dict[str, Any], open_late: Callable[[str], Any]) -> None:
+        super().__init__(opened)
+        self._open_late, self._lock = open_late, threading.Lock()
+
+    def __missing__(self, name: str) -> Any:
+        with self._lock:
+            if not dict.__contains__(self, name):
+                self[name] = self._open_late(name)
+        return dict.__getitem__(self, name)
+
+
 def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: SessionSettings) -> dict[str, Any]:
-    """One session for each graph of the manifest.
+    """A session for each graph of the manifest, but for those that are opened late.
 
     Large packages are opened from the mapped cache (llmx.runtime.mapped_cache), so that both graphs read one copy of the
     weights. Raises PackageError.
@@ -55,31 +77,38 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
-    trace, options = active(), {name: session_options(settings) for name in files}
-    if trace is not None:
-        for each in options.values():
-            trace.prepare(each)
+    trace = active()
 
-    def opened(name: str) -> Any:
-        session = open_session(files[name], options[name], device.providers)
+    def opened(name: str, options: Any) -> Any:
+        session = open_session(files[name], options, device.providers)
         check_session(session, manifest.graphs[name], files[name])
         return session
 
+    def options_of(name: str) -> Any:
+        options = session_options(settings)
+        if trace is not None:
+            trace.prepare(options)
+        return options
+
+    def late(name: str) -> Any:
+        session = opened(name, options_of(name))
+        return session if trace is None else trace.watch(name, session)
+
+    first, *rest = {name: options_of(name) for name in files if name not in _LATE}.items()
     if device.kind == "cpu" and trace is None:
         # Graphs share nothing while they open, and opening releases the interpreter's lock. (On a device the thread that opens
         # a session gets the device's context; profiles are named by the time at which their session opens.)
-        first, *rest = files
-        others = {name: Ahead(partial(opened, name)) for name in rest}
+        others = {name: Ahead(partial(opened, name, options)) for name, options in rest}
         try:
-            session = opened(first)
+            session = opened(*first)
         finally:
             for other in others.values():
                 other.join()
-        return {first: session, **{name: other.result() for name, other in others.items()}}
-    sessions = {name: opened(name) for name in files}
+        return Sessions({first[0]: session, **{name: other.result() for name, other in others.items()}}, late)
+    sessions = {name: opened(name, options) for name, options in (first, *rest)}
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
-    return sessions
+    return Sessions(sessions, late)
 
 
 def open_session(path: Path, options: Any, providers: list[Any]) -> Any:
