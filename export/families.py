@@ -83,24 +83,32 @@ def _write_in_place(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, An
 
 def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any]) -> Manifest:
     """With state that is carried from call to call (llmx.export.carried)."""
-    from llmx.export.carried import carried_graphs, longest_state, probe_carried, shortest_prompt
+    from llmx.export.carried import carried_graphs, longest_state, shortest_prompt
+    from llmx.export.places import prepare, probe_carried
 
     source = work.plain_source(tokenizer.file)
     work.stages.begin("trace")
-    carried = probe_carried(source.module)
+    holder, carried = probe_carried(source.module)
+    if holder.prepares:
+        source = work.loaded(lambda model: prepare(model, holder))
+    if holder.argument is None:
+        work.warnings.append(
+            "The model keeps no state that could be carried from step to step, so each token runs the whole sequence anew."
+        )
     tables = [m for m in source.module.modules() if isinstance(m, torch.nn.Embedding)]
     # without a table of positions (recurrences, ALiBi) nothing limits the length
     unlimited = all(table is source.module.get_input_embeddings() for table in tables)
     context = context_length(work.checkpoint, work.options.max_length, 1.0, unlimited)
     hidden, operators = work.options.with_hidden_states, not work.target.on_device
-    graphs, hashed = work.write(source, lambda: carried_graphs(source.module, carried, context, hidden, operators))
+    graphs, hashed = work.write(
+        source, lambda: carried_graphs(source.module, holder, carried, context, hidden, operators)
+    )
     if "prefill" not in graphs:
         work.warnings.append(
             "The prompt cannot be traced as a whole (its code loops over it), so it runs token by token."
         )
     context = work.shortened(longest_state(graphs["decode"], context), context, "sequences")
     vocab = int(graphs["decode"].graph.outputs[0].shape[2])
-    layers = len(carried.template.layers)
     return work.manifest(
         source,
         graphs,
@@ -110,7 +118,7 @@ def _write_carried(work: Work, tokenizer: TokenizerInfo, defaults: dict[str, Any
             context,
             vocab,
             embedding_shape(source)[1],
-            layers,
+            _num_layers(work.checkpoint.config.get_text_config(decoder=True)),
             source.num_parameters,
             min_prefill=shortest_prompt(graphs, context),
         ),
@@ -183,19 +191,22 @@ def write_encoder(work: Work) -> Manifest:
     longest = explain(checkpoint, lambda: longest_text(graphs["encoder"], info.max_length))
     info = replace(info, max_length=work.shortened(longest, info.max_length, "texts"))
     rows, width = embedding_shape(source)
-    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
-    layers = next((v for name in names if (v := getattr(checkpoint.config, name, None))), 0)
     return work.manifest(
         source,
         graphs,
         hashed,
         family="encoder",
-        model=ModelInfo(info.max_length, rows, width, int(layers), source.num_parameters),
+        model=ModelInfo(info.max_length, rows, width, _num_layers(checkpoint.config), source.num_parameters),
         state=[],
         tokenizer=tokenizer,
         generation={},
         encoder=info,
     )
+
+
+def _num_layers(config: Any) -> int:
+    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+    return int(next((v for name in names if (v := getattr(config, name, None))), 0))
 
 
 def _state(layers: list[LayerState], dtype: str) -> list[StateTensor]:

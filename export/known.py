@@ -56,6 +56,13 @@ class KnownValues(TorchFunctionMode):
             self._lost.add(getattr(args[0], _VALUE).untyped_storage().data_ptr())
         return result
 
+    def fill(self, tensor: torch.Tensor) -> float | None:
+        """The number that all of a tensor is known to be filled with."""
+        value = getattr(tensor, _VALUE, None) if self._known(tensor) else None
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            same = value is not None and value.numel() > 0 and bool((value == value.flatten()[0]).all())
+            return float(value.flatten()[0]) if value is not None and same else None
+
     def _follows(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether a call's result is made of known values alone."""
         tensors = [value for value in _flat((args, kwargs)) if isinstance(value, torch.Tensor)]

@@ -121,7 +121,7 @@ def written_by(
     config = GenerationConfig(
         do_sample=True, top_k=0, temperature=1.0, max_new_tokens=count, min_new_tokens=count, pad_token_id=0
     )
-    with torch.no_grad(), quiet(), untouched(model), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), quiet(), untouched(model, real=True), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         original, model.generation_config = model.generation_config, config
         try:

@@ -166,18 +166,24 @@ def _forward(
 
 
 @contextmanager
-def untouched(model: torch.nn.Module) -> Iterator[None]:
+def untouched(model: torch.nn.Module, real: bool = False) -> Iterator[None]:
     """Whatever runs meanwhile leaves no trace in `model` but in its parameters: buffers, their values and plain
     attributes are put back. Rotary embeddings keep what they computed; under fake tensors that is no value at all.
+
+    `real`: no fake tensors run. Then a model that changes its parameters in its first call (RWKV scales them) keeps its note
+    of having done so.
     """
     saved = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    versions = [parameter._version for parameter in model.parameters()]
     try:
         yield
     finally:
+        changed = real and versions != [parameter._version for parameter in model.parameters()]
         for module, attributes, buffers in saved:
+            notes = {name: v for name, v in vars(module).items() if changed and isinstance(v, bool)}
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(attributes | notes)
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():

@@ -14,20 +14,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from llmx.export.carried import (
-    Carried,
-    CarriedTensor,
-    compare_layers,
-    graph_state_names,
-    longest_block,
-    separate_names,
-    tracing,
-)
+from llmx.export.carried import graph_state_names, longest_block, separate_names
 from llmx.export.checkpoint import Checkpoint
+from llmx.export.holders import Carried, CarriedTensor, compare
 from llmx.export.known import KnownValues
 from llmx.export.lengths import USEFUL, joined, longest_right, shortest_right, wrong_block
 from llmx.export.lowering import _first_line, _place, lower
 from llmx.export.passes import encoder_graph
+from llmx.export.places import tracing
 from llmx.export.rope import untouched
 from llmx.export.shims import fake_tensors, shimmed
 from llmx.export.tokenizer import generation_config
@@ -137,14 +131,10 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
 
 
 def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) -> Carried:
-    tensors = [
-        tensor
-        for index, layers in enumerate(zip(first.layers, second.layers, strict=True))
-        for tensor in compare_layers(index, *layers, length=length, side=side)
-    ]
+    tensors = compare(first, second, length, side)
     if not tensors or (side == "decoder" and any(tensor.grows is None for tensor in tensors)):
         raise UnsupportedModelError(f"its cache holds no keys and values of the {side}")
-    return Carried.of(first, tensors, "past_key_values")
+    return Carried.of(first, tensors)
 
 
 @dataclass(frozen=True)
@@ -181,8 +171,7 @@ class EncoderModule(torch.nn.Module):
                 **mask,
                 return_dict=True,
             )
-        layers = cache.cross_attention_cache.layers
-        return {"present": [tensor.read(layers[tensor.layer]) for tensor in self.state.cross.tensors]}
+        return {"present": [tensor.read(cache.cross_attention_cache) for tensor in self.state.cross.tensors]}
 
     def _encode(
         self, input_ids: torch.Tensor | None, input_features: torch.Tensor | None
@@ -214,7 +203,7 @@ class DecodeModule(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, past: list[torch.Tensor], cross: list[torch.Tensor]) -> dict[str, Any]:
         own = self.state.own
-        cache = EncoderDecoderCache(own.cache(past), self.state.cross.cache(cross))
+        cache = EncoderDecoderCache(own.filled(past), self.state.cross.filled(cross))
         cache.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
         logits = self.model(
             encoder_outputs=self.state.unread(cross[0]),
@@ -223,8 +212,7 @@ class DecodeModule(torch.nn.Module):
             use_cache=True,
             return_dict=True,
         ).logits
-        layers = cache.self_attention_cache.layers
-        return {"logits": logits, "present": [tensor.read(layers[tensor.layer]) for tensor in own.tensors]}
+        return {"logits": logits, "present": [tensor.read(cache.self_attention_cache) for tensor in own.tensors]}
 
 
 def seq2seq_graphs(model: Any, state: Seq2SeqState, info: Seq2SeqInfo, sources: Sources) -> dict[str, ir.Model]:

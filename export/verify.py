@@ -158,7 +158,7 @@ def _logits(model: Any, tokens: torch.Tensor, **more: Any) -> np.ndarray:
     # generate's positions: some models would count others themselves
     if "position_ids" in inspect.signature(model.forward).parameters:
         more = {"position_ids": torch.arange(tokens.shape[1])[None]} | more
-    with torch.no_grad(), untouched(model):
+    with torch.no_grad(), untouched(model, real=True):
         logits: np.ndarray = model(input_ids=tokens, use_cache=False, **more).logits[0].float().numpy()
     return logits
 
@@ -204,13 +204,14 @@ def _check_steps(model: Any, paths: list[ReferencePath]) -> None:
 
 def _stepwise_logits(model: Any, tokens: torch.Tensor) -> np.ndarray:
     """float32 [n, vocab] after each of int64 [1, n] `tokens`, given to PyTorch's model one by one with a cache."""
-    from llmx.export.carried import cache_argument, call_with_cache, new_cache
+    from llmx.export.places import probe_carried
 
-    cache, argument, rows = new_cache(model.config), cache_argument(model), []
-    assert argument is not None
-    with torch.no_grad(), untouched(model):
+    _logits(model, tokens)  # a first call may change parameters, which probing would do as well
+    holder, _ = probe_carried(model)
+    state, rows = holder.start(model.config), []
+    with torch.no_grad(), untouched(model, real=True):
         for at in range(tokens.shape[1]):
-            logits = call_with_cache(model, argument, tokens[:, at : at + 1], torch.tensor([[at]]), cache)
+            logits = holder.call(model, tokens[:, at : at + 1], torch.tensor([[at]]), state)
             rows.append(logits[0, -1].float().numpy())
     return np.array(rows)
 
@@ -232,7 +233,7 @@ def _greedy_steps(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[to
         return_dict_in_generate=True,
         output_logits=True,
     )
-    with torch.no_grad(), quiet(), untouched(model):
+    with torch.no_grad(), quiet(), untouched(model, real=True):
         original, model.generation_config = model.generation_config, config
         try:
             result = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)

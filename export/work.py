@@ -36,7 +36,7 @@ from llmx.export.quantization import (
 from llmx.export.quantized_graph import integer_prompts, quantize_graphs
 from llmx.export.targets import Target
 from llmx.export.tokenizer import TOKENIZER_FILE, generation_defaults, load_tokenizer, write_tokenizer
-from llmx.export.weights import SourceModel, build_source, load_model
+from llmx.export.weights import SourceModel, build_source, load_model, static_experts
 from llmx.export.writer import WeightsWriter
 from llmx.runtime.errors import ExportError, UnsupportedModelError
 from llmx.runtime.manifest import FileInfo, Manifest, TokenizerInfo, Verification
@@ -131,10 +131,20 @@ class Work:
         their interface, else with the code that it runs by default (Falcon's own eager code adds ALiBi twice).
         """
         source = self.source(tokenizer_file, None)
-        module: Any = source.module
-        if module._can_set_attn_implementation():
-            module.set_attn_implementation("eager")
+        _use_eager(source.module)
         return source
+
+    def loaded(self, prepare: Callable[[torch.nn.Module], None]) -> SourceModel:
+        """As `plain_source`, with its values in memory, as `prepare` leaves them."""
+        if self.checkpoint.packed is not None:
+            raise UnsupportedModelError(
+                "its first call changes its weights, and this checkpoint's are quantized; export the original one"
+            )
+        module = load_model(self.checkpoint, self.torch_dtype, self.options.adapter)
+        static_experts(module)
+        _use_eager(module)
+        prepare(module)
+        return SourceModel(module, {})
 
     def shortened(self, found: int, wanted: int, what: str) -> int:
         """`found`, the length that the graphs are right for, with a warning where it is less than the model's."""
@@ -216,6 +226,11 @@ class Work:
     def _quantization(self, source: SourceModel) -> dict[str, Any] | None:
         found = describe_quantization(self.quantized, source, self.options.quantize, self.checkpoint.packed)
         return found and found | {"prompts": "int8" if self.integer_prompts else "same"}
+
+
+def _use_eager(module: Any) -> None:
+    if module._can_set_attn_implementation():
+        module.set_attn_implementation("eager")
 
 
 def graph_file(name: str) -> str:

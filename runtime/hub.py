@@ -8,10 +8,12 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llmx.runtime.errors import LlmxError, PackageError, RequestError
 from llmx.runtime.manifest import MANIFEST_FILE, Manifest
 
+_PATIENCE = 5.0  # seconds for the hub's first answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -30,13 +32,28 @@ def download(
     from huggingface_hub import snapshot_download
 
     with _one_sentence(name, revision, error):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **_where()))
     return folder, _commit(folder)
+
+
+def _where() -> dict[str, Any]:
+    """The client's arguments: its cache alone where the hub does not answer, which it would ask for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return {}
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception:  # the client's errors, whichever library it uses by now
+        return {"local_files_only": True}
+    return {}
 
 
 @contextlib.contextmanager
 def _one_sentence(name: str, revision: str | None, error: type[LlmxError]) -> Iterator[None]:
     """What the hub's client raises within the block becomes `error`."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -56,9 +73,9 @@ def _one_sentence(name: str, revision: str | None, error: type[LlmxError]) -> It
             f"There is no folder {name} here and no such repository on the hub (or it is private: `hf auth login`)."
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as problem:
-        raise error(
-            f"There is no folder {name} here, and the hub could not be reached for it ({_first_sentence(problem)})."
-        ) from None
+        silent = isinstance(problem, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        reason = f"no answer from {constants.ENDPOINT}" if silent else _first_sentence(problem)
+        raise error(f"There is no folder {name} here, and the hub could not be reached for it ({reason}).") from None
 
 
 def _first_sentence(problem: Exception) -> str:
@@ -81,7 +98,10 @@ def resolve_package(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise RequestError(f"A revision goes with a hub id, and {name} is a local folder; leave it out.")
         return folder
-    if not looks_like_hub_id(str(name)):
+    parts = str(name).split("/")
+    if (
+        not looks_like_hub_id(str(name)) or len(parts) < 2 or Path(parts[0]).is_dir()
+    ):  # published packages have an owner
         raise PackageError(
             f"There is no model package at {name}; create one with `llmx export --model … --output {name}`."
         )
@@ -119,7 +139,7 @@ def _download_manifest(name: str, revision: str | None) -> Path:
 
     with _one_sentence(name, revision, PackageError):
         try:
-            return Path(hf_hub_download(name, MANIFEST_FILE, revision=revision))
+            return Path(hf_hub_download(name, MANIFEST_FILE, revision=revision, **_where()))
         except LocalEntryNotFoundError:  # no network, which says nothing about the repository
             raise
         except EntryNotFoundError:

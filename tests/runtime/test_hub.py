@@ -69,6 +69,7 @@ def fake(tmp_path: Path, package: dict[str, bytes], monkeypatch: pytest.MonkeyPa
     hub = FakeHub(tmp_path, package)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr("llmx.runtime.hub._where", dict)  # it answers
     return hub
 
 
@@ -114,6 +115,16 @@ def test_a_revision_of_a_local_folder(tmp_path: Path) -> None:
     assert resolve_package(tmp_path) == tmp_path
     with pytest.raises(RequestError, match="A revision goes with a hub id"):
         resolve_package(tmp_path, "main")
+
+
+def test_what_is_no_hub_id_is_not_asked_for(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a name without an owner nor a path in a folder that is here."""
+    (tmp_path / "artifacts").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "artifacts/demo", "./demo"):
+        with pytest.raises(PackageError, match=f"There is no model package at {name}; create one"):
+            resolve_package(name)
+    assert fake.asked == []
 
 
 # -- the real client, a server of our own -----------------------------------------------------------------------------
@@ -213,3 +224,14 @@ def test_with_the_real_client(server: Server, demo: Path, tmp_path: Path) -> Non
         "(An error happened while trying to locate the file on the Hub and we cannot find the "
         "requested files in the local cache).\n"
     )
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+    """One sentence at once, where the client would try for half a minute."""
+    own = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    proxies = {name: "" for name in os.environ if name.lower().endswith("_proxy")}
+    command = [sys.executable, "-m", "llmx.cli", "run", "--onnx", "some-org/demo", "--prompt", "x"]
+    env = {**os.environ, **proxies, **own}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=15, check=False, env=env)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "There is no folder some-org/demo here, and the hub could not be reached for it" in done.stderr

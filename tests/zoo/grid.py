@@ -125,7 +125,7 @@ GRID: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma: soft caps": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "layer_types": [_SLIDING, _FULL]}),
     "gemma: no soft caps": ("gemma2", {**_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "layer_types": [_FULL, _SLIDING]}),
     "gemma: layer_types by rule": ("gemma2", _GEMMA),
-    "gemma: one key head": ("gemma", {**_GEMMA, "num_key_value_heads": 1}),
+    "gemma: one key head": ("gemma", {**{k: v for k, v in _GEMMA.items() if k != "sliding_window"}, "num_key_value_heads": 1}),
     "gemma: query and key norms": ("gemma3_text", {**_GEMMA, "layer_types": [_SLIDING, _FULL]}),
     "gemma: every layer slides": ("gemma3_text", {**_GEMMA, "layer_types": [_SLIDING, _SLIDING], "final_logit_softcapping": 4.0}),
     "gemma: windows by pattern": ("gemma3_text", {**_GEMMA, "sliding_window_pattern": 2, "num_hidden_layers": 3}),

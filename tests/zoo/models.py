@@ -98,6 +98,21 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "state_size": 16, "num_heads": 6, "head_dim": 16,
         "n_groups": 2, "chunk_size": 16, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     },
+    "openai-gpt": {
+        "vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128, "eos_token_id": 0, "pad_token_id": 0,
+    },
+    "recurrent_gemma": {
+        **_COMMON, "lru_width": 48, "num_hidden_layers": 3, "attention_window_size": 24, "sliding_window": 24,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "rwkv": {
+        "vocab_size": VOCAB, "hidden_size": 48, "attention_hidden_size": 48, "num_hidden_layers": 4, "rescale_every": 2,
+        "intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "minimax": {
+        **_COMMON, "num_hidden_layers": 2, "block_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "lfm2": {
         **{k: v for k, v in _COMMON.items() if k != "head_dim"}, "layer_types": ["conv", "full_attention", "conv"],
         "block_auto_adjust_ff_dim": False,
@@ -121,8 +136,10 @@ CORE = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", 
 #: One of each further kind: experts, sinks, latent attention.
 KINDS = ["mixtral", "gpt_oss", "deepseek_v3"]
 #: Carried state: ALiBi and positions counted by the cache (`grow`), a recurrence whose prompt goes token by token, one in
-#: blocks, short convolutions beside attention (`replace`).
-CARRIED = ["bloom", "mamba", "mamba2", "lfm2"]
+#: blocks, short convolutions beside attention (`replace`). Then state that lies elsewhere than in transformers' cache: the
+#: tokens alone, attributes of modules, a list of the model's own that begins with -1e30 (and weights that it scales in its
+#: first call), a cache of its own class.
+CARRIED = ["bloom", "mamba", "mamba2", "lfm2", "openai-gpt", "recurrent_gemma", "rwkv", "minimax"]
 #: Every kind of rotary scaling, past its original length.
 ROPES = [
     "llama-linear", "llama-llama3", "llama-yarn", "llama-proportional", "llama-dynamic", "llama-longrope", "phi3-longrope",
@@ -131,9 +148,9 @@ ROPES = [
 
 def make_config(name: str, **overrides: Any) -> Any:
     """The transformers config of a TINY model."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    return AutoConfig.for_model(name.split("-")[0], **{**TINY[name], **overrides})
+    return AutoConfig.for_model(name if name in CONFIG_MAPPING else name.split("-")[0], **{**TINY[name], **overrides})
 
 
 def make_model(name: str, seed: int = 0, **overrides: Any) -> Any:
