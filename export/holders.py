@@ -8,7 +8,7 @@ Which tensors follow the sequence's length is seen by comparing two states, afte
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,29 +119,53 @@ class CarriedTensor:
 _NAMES = {"keys": "key", "values": "value"}
 
 
-def compare(first: Any, second: Any, length: int, side: str | None = None) -> list[CarriedTensor]:
-    """The tensors of a state from those after prompts of two lengths, the first being `length`.
+def compare(
+    first: Any,
+    second: Any,
+    lengths: tuple[int, int],
+    side: str | None = None,
+    where: Callable[[int], str] = lambda _: "",
+) -> list[CarriedTensor]:
+    """The tensors of a state from those after prompts of two `lengths`. `where`: the place in the model's source
+    that writes a layer.
 
-    Raises UnsupportedModelError for what cannot be passed on: numbers that count, shapes that follow neither.
+    Raises UnsupportedModelError for what cannot be passed on: shapes that do not follow the length, numbers that count.
     """
-    found, others = [], dict(leaves(second))
-    for path, leaf in leaves(first):
-        other = others.get(path)
-        layer, part = _named(path)
-        if isinstance(leaf, int) and leaf != other:
-            raise UnsupportedModelError(f"layer {layer} of its cache counts positions in {part}")
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0:
+    ones, others = dict(leaves(first)), dict(leaves(second))
+    found = []
+    for path in [*ones, *(path for path in others if path not in ones)]:
+        leaf, other = ones.get(path), others.get(path)
+        tensor = next((value for value in (leaf, other) if isinstance(value, torch.Tensor) and value.ndim > 0), None)
+        if tensor is None:
             continue
-        if not isinstance(other, torch.Tensor) or leaf.ndim != other.ndim or leaf.shape[0] != 1:
-            raise UnsupportedModelError(f"layer {layer} of its cache keeps {part} in a form that depends on the prompt")
-        moved = [axis for axis in range(leaf.ndim) if leaf.shape[axis] != other.shape[axis]]
-        if [leaf.shape[a] for a in moved] not in ([], [length]):
+        layer, part = _named(path)
+        grows = _grows(leaf, other, lengths, f"layer {layer} of its cache keeps {part}{where(layer)}")
+        found.append(CarriedTensor(layer, part, path, tuple(int(d) for d in tensor.shape), tensor.dtype, grows, side))
+    for path, leaf in ones.items():
+        if isinstance(leaf, (int, float)) and leaf != others.get(path):
+            layer, part = _named(path)
             raise UnsupportedModelError(
-                f"layer {layer} of its cache keeps {part}, whose size is not the sequence's length"
+                f"layer {layer} of its cache counts positions in {part}{where(layer)}; it would have to take them "
+                "from position_ids"
             )
-        shape = tuple(int(d) for d in leaf.shape)
-        found.append(CarriedTensor(layer, part, path, shape, leaf.dtype, moved[0] if moved else None, side))
     return found
+
+
+def _grows(first: Any, second: Any, lengths: tuple[int, int], what: str) -> int | None:
+    """The axis of a tensor, given as it is after prompts of two `lengths`, that follows them."""
+    tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    if not tensors or first.ndim != second.ndim or first.shape[0] != 1:
+        raise UnsupportedModelError(
+            f"{what} in a form that depends on the prompt; it would have to be one tensor a row"
+        )
+    moved = [axis for axis in range(first.ndim) if first.shape[axis] != second.shape[axis]]
+    if [(first.shape[axis], second.shape[axis]) for axis in moved] not in ([], [lengths]):
+        sizes = [" x ".join(str(int(size)) for size in tensor.shape) for tensor in (first, second)]
+        raise UnsupportedModelError(
+            f"{what}, which is {sizes[0]} after {lengths[0]} tokens and {sizes[1]} after {lengths[1]}; it would have to grow by "
+            "one a token along one axis, from none, or keep its size"
+        )
+    return moved[0] if moved else None
 
 
 def _named(path: Path) -> tuple[int, str]:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import io
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import CodeType, FrameType
 from typing import Any
 
 import onnx_ir as ir
@@ -121,17 +123,44 @@ _REASONS = [  # class of the error, what it says, what that means and what would
 ]
 
 
+def forward_failed(error: BaseException, needs: str) -> UnsupportedModelError:
+    """The refusal of a model whose code raised `error`; `needs` says what it would have to do, where the error does not."""
+    line = _first_line(error)
+    told = "would have to" in line
+    return UnsupportedModelError(f"its forward pass failed: {line}{_place(error)}{'' if told else f'; {needs}'}")
+
+
 def _place(error: BaseException) -> str:
     """` (modeling_x.py:123)`: the innermost frame that lies in a model's source."""
     while error.__cause__ is not None:
         error = error.__cause__
     place, frame = "", error.__traceback__
     while frame is not None:
-        name = frame.tb_frame.f_code.co_filename.replace("\\", "/")
-        if "/models/" in name or "modeling_" in name:
-            place = f" ({name.rpartition('/')[2]}:{frame.tb_lineno})"
+        place = _in_model(frame.tb_frame.f_code, frame.tb_lineno) or place
         frame = frame.tb_next
     return place
+
+
+def caller_place(frame: FrameType | None) -> str:
+    """The same of the innermost of a frame and its callers."""
+    while frame is not None:
+        place = _in_model(frame.f_code, frame.f_lineno)
+        if place:
+            return place
+        frame = frame.f_back
+    return ""
+
+
+def class_place(kind: type) -> str:
+    """The same of a class that a model's source defines, where its `forward` begins if it is a module's; else empty."""
+    function = vars(kind).get("forward", vars(kind).get("__init__"))
+    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
+    return _in_model(code, code.co_firstlineno) if code is not None else ""
+
+
+def _in_model(code: CodeType, line: int) -> str:
+    name = code.co_filename.replace("\\", "/")
+    return f" ({name.rpartition('/')[2]}:{line})" if "/models/" in name or "modeling_" in name else ""
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ their modules beside it; those that keep nothing run all tokens anew for each.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from llmx.export.holders import Carried, Path, children, compare, tensors
 from llmx.export.known import KnownValues
-from llmx.export.lowering import _first_line, _place
+from llmx.export.lowering import caller_place, class_place, forward_failed
 from llmx.export.rope import length_rule, untouched
 from llmx.export.shims import fake_tensors, replaced, shimmed
 from llmx.export.trace import output_head
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
 from torch.overrides import TorchFunctionMode
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -123,9 +124,9 @@ def new_cache(config: Any) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, LinearAttentionAndSlidingWindowAttentionLayer):
+        if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
             cache.layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=layer.number_of_states)
-        elif isinstance(layer, DynamicSlidingWindowLayer):
+        elif type(layer) is DynamicSlidingWindowLayer:  # a model's own kind of it keeps more
             cache.layers[index] = DynamicLayer()
     return cache
 
@@ -183,7 +184,15 @@ def _probe(model: torch.nn.Module, holder: Holder) -> tuple[Carried, bool]:
     """What `model` carries, and whether its call writes parameters."""
     states: list[State] = []
     fills: dict[Path, float] = {}
-    with torch.no_grad(), untouched(model), tracing(), fake_tensors(), shimmed(), _Writes() as writes:
+    with (
+        torch.no_grad(),
+        untouched(model),
+        tracing(),
+        fake_tensors(),
+        shimmed(),
+        _Writes() as writes,
+        _written() as places,
+    ):
         for length in (SEQ, _OTHER_SEQ):
             state = holder.start(model.config)
             noticed: Noticed = _noticed(model) if holder.own else nullcontext({})
@@ -191,12 +200,34 @@ def _probe(model: torch.nn.Module, holder: Holder) -> tuple[Carried, bool]:
                 holder.call(model, torch.ones(1, length, dtype=torch.long), torch.arange(length)[None], state)
             states.append(state)
             fills = seen.get(id(state.cache), {})
-    found = [replace(t, initial=fills.get(t.path[1:], 0.0)) for t in compare(states[0], states[1], SEQ)]
+    found = compare(
+        states[0],
+        states[1],
+        (SEQ, _OTHER_SEQ),
+        where=lambda layer: places.get(layer) or class_place(type(model)),
+    )
+    found = [replace(tensor, initial=fills.get(tensor.path[1:], 0.0)) for tensor in found]
     if not found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps nothing in the cache that it is given, as it would have to"
+            f"{type(model).__name__}{class_place(type(model))} keeps nothing in the cache that it is given, as it would have to"
         )
     return Carried.of(states[0], found), writes.seen
+
+
+@contextmanager
+def _written() -> Iterator[dict[int, str]]:
+    """Where in the model's source each layer of transformers' cache was last written, by its number."""
+    places: dict[int, str] = {}
+    original = Cache.update
+
+    def update(
+        cache: Cache, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        places[layer_idx] = caller_place(sys._getframe(1))
+        return original(cache, keys, values, layer_idx, *args, **kwargs)
+
+    with replaced(Cache, "update", update):
+        yield places
 
 
 @contextmanager
@@ -206,7 +237,7 @@ def _named_failure() -> Iterator[None]:
     except LlmxError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
+        raise forward_failed(error, "it would have to run on transformers' DynamicCache") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from llmx.export.checkpoint import Checkpoint
 from llmx.export.holders import Carried, CarriedTensor, compare
 from llmx.export.known import KnownValues
 from llmx.export.lengths import USEFUL, joined, longest_right, shortest_right, wrong_block
-from llmx.export.lowering import _first_line, _place, lower
+from llmx.export.lowering import forward_failed, lower
 from llmx.export.passes import encoder_graph
 from llmx.export.places import tracing
 from llmx.export.rope import untouched
@@ -121,17 +121,18 @@ def probe_seq2seq(model: Any, sources: Sources) -> Seq2SeqState:
             except LlmxError:
                 raise
             except Exception as error:
-                raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
+                raise forward_failed(error, "it would have to run on transformers' EncoderDecoderCache") from error
             caches.append(cache)
             kind, width = type(encoded), int(encoded.last_hidden_state.shape[-1])
     first, second = caches
-    own = _carried(first.self_attention_cache, second.self_attention_cache, _TARGET, "decoder")
-    cross = _carried(first.cross_attention_cache, second.cross_attention_cache, _SOURCE, "encoder")
+    targets, sizes = (_TARGET, _OTHER_TARGET), (_SOURCE, _OTHER_SOURCE)
+    own = _carried(first.self_attention_cache, second.self_attention_cache, targets, "decoder")
+    cross = _carried(first.cross_attention_cache, second.cross_attention_cache, sizes, "encoder")
     return Seq2SeqState(own, cross, kind, width)
 
 
-def _carried(first: DynamicCache, second: DynamicCache, length: int, side: str) -> Carried:
-    tensors = compare(first, second, length, side)
+def _carried(first: DynamicCache, second: DynamicCache, lengths: tuple[int, int], side: str) -> Carried:
+    tensors = compare(first, second, lengths, side)
     if not tensors or (side == "decoder" and any(tensor.grows is None for tensor in tensors)):
         raise UnsupportedModelError(f"its cache holds no keys and values of the {side}")
     return Carried.of(first, tensors)

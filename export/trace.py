@@ -16,7 +16,7 @@ import torch
 from llmx.export import attention
 from llmx.export.attention import LayerState, Recorder, StepInputs, recording
 from llmx.export.lengths import longest_right
-from llmx.export.lowering import lower
+from llmx.export.lowering import class_place, forward_failed, lower
 from llmx.export.rope import by_length, untouched
 from llmx.export.shims import fake_tensors, shimmed
 from llmx.runtime.errors import LlmxError, UnsupportedModelError
@@ -132,12 +132,12 @@ def probe_layers(model: torch.nn.Module) -> list[LayerState]:
         except LlmxError:
             raise
         except Exception as error:
-            from llmx.export.lowering import _first_line, _place
-
-            raise UnsupportedModelError(f"its forward pass failed: {_first_line(error)}{_place(error)}") from error
+            needs = "it would have to keep its state by `update` of transformers' Cache alone"
+            raise forward_failed(error, needs) from error
     if not recorder.layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not use transformers' attention interface, which the export traces through"
+            f"{type(model).__name__}{class_place(type(model))} does not use transformers' attention interface, which the "
+            "export traces through"
         )
     return [recorder.layers[layer] for layer in sorted(recorder.layers)]
 

@@ -98,10 +98,9 @@ def resolve_package(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise RequestError(f"A revision goes with a hub id, and {name} is a local folder; leave it out.")
         return folder
-    parts = str(name).split("/")
-    if (
-        not looks_like_hub_id(str(name)) or len(parts) < 2 or Path(parts[0]).is_dir()
-    ):  # published packages have an owner
+    owner, slash, _ = str(name).partition("/")
+    # published packages have an owner, and what lies in a folder that is here is a path
+    if not looks_like_hub_id(str(name)) or not slash or Path(owner).is_dir():
         raise PackageError(
             f"There is no model package at {name}; create one with `llmx export --model … --output {name}`."
         )

@@ -205,7 +205,7 @@ def _line(error: BaseException) -> str:
         .replace("<", "‹")
         .replace(">", "›")
     )
-    return (text or type(error).__name__)[:420]
+    return (text or type(error).__name__)[:600]
 
 
 def _child(model_type: str) -> None:
