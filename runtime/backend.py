@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from llmx.runtime.dtypes import numpy_dtype
+from llmx.runtime.kv_budget import KVBudget
 from llmx.runtime.manifest import GraphInfo, Manifest, StateTensor
 from llmx.runtime.manifest_check import CARRIED, why_not_on_device
 from llmx.runtime.mapped_cache import wanted
@@ -37,6 +38,7 @@ class Backend(Protocol):
     stores_state: bool  # whether `read_state` and `write_state` work
     state_by_length: bool  # whether a prompt token's state depends on how long the prompt is
     recompute_at: int | None  # state of so many positions is computed anew before a token is decoded (`recompute`)
+    kv_budget: KVBudget | None  # what all slots may hold together; None: a whole context each
 
     def prefill(
         self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
@@ -115,6 +117,10 @@ class Backend(Protocol):
         """Put what `read_state` returned at the positions from `start` on, before which the slot is filled."""
         ...
 
+    def free(self, slot: int) -> None:
+        """Give back the memory of a slot that nobody holds. Asked for where there is a `kv_budget` alone."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -129,7 +135,7 @@ class OrtBackend(HostPrefill):
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], state: StatePool, device: Device) -> None:
         self.manifest = manifest
-        self.slots, self.max_length = state.plan.slots, state.plan.max_length
+        self.slots, self.max_length, self.kv_budget = state.plan.slots, state.plan.max_length, state.plan.budget
         self.vocab_size = manifest.model.vocab_size
         self.recompute_at = manifest.model.recompute_at
         self.state_by_length = any(t.role == "rope_lengths" for g in manifest.graphs.values() for t in g.inputs)
@@ -229,6 +235,9 @@ class OrtBackend(HostPrefill):
     def write_state(self, slot: int, start: int, state: list[np.ndarray]) -> None:
         self._state.write(slot, start, state)
 
+    def free(self, slot: int) -> None:
+        self._state.free(slot)
+
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""
         self._decode_steps.clear()
@@ -303,17 +312,20 @@ def open_backend(
     spin: bool = True,
     mapped_cache: bool = True,
     cache_dir: Path | None = None,
+    kv_cache_memory_bytes: int | None = None,
 ) -> Backend:
     """Sessions and state of a package. Memory is checked before anything is allocated."""
     resolved = resolve_device(device, why_not_on_device(manifest) is None)
     if resolved.kind == "cuda":
         from llmx.runtime.device_sessions import open_on_device
 
-        return open_on_device(folder, manifest, resolved, max_length, slots)
+        return open_on_device(folder, manifest, resolved, max_length, slots, bound=kv_cache_memory_bytes)
     # mapped weights are the page cache's, which gives them back; otherwise each graph keeps its own prepacked copy
     mapped = resolved.kind == "cpu" and mapped_cache and wanted(manifest)
     weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
-    plan = plan_state(manifest, max_length, slots, weights=0 if mapped else weights * 2)
+    plan = plan_state(
+        manifest, max_length, slots, weights=0 if mapped else weights * 2, bound=kv_cache_memory_bytes
+    )
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     if any(tensor.layout in CARRIED for tensor in manifest.state):
         from llmx.runtime.carried import CarriedBackend

@@ -32,7 +32,7 @@ class CarriedBackend(HostPrefill):
 
     def __init__(self, manifest: Manifest, sessions: dict[str, Any], plan: StatePlan) -> None:
         self.manifest = manifest
-        self.slots, self.max_length = plan.slots, plan.max_length
+        self.slots, self.max_length, self.kv_budget = plan.slots, plan.max_length, plan.budget
         self.vocab_size = manifest.model.vocab_size
         self.chunked = "prefill" not in sessions
         self._own = [tensor for tensor in manifest.state if tensor.layout != "cross"]
@@ -180,17 +180,21 @@ class CarriedBackend(HostPrefill):
         raise AssertionError("carried state is not kept")
 
     def take_state(self, slot: int) -> list[Any]:
-        """The slot's state, shared: it is never written."""
-        return list(self._state[slot])
+        """The slot's state and, of an encoder-decoder, what it attends to; shared: it is never written."""
+        return [*self._state[slot], *self._cross[slot]]
 
     def give_state(self, slot: int, length: int, state: list[Any]) -> None:
         """Make the slot hold a state that `take_state` returned, of `length` tokens."""
-        self._state[slot], self._lengths[slot] = list(state), length
+        count = len(self._own)
+        self._state[slot], self._cross[slot], self._lengths[slot] = state[:count], state[count:], length
 
     def wrap_state(self, arrays: list[np.ndarray]) -> list[Any]:
         """A state from its tensors' values, in the manifest's order."""
         ort = import_onnxruntime()
         return [ort_value(ort, np.ascontiguousarray(array)) for array in arrays]
+
+    def free(self, slot: int) -> None:
+        self._state[slot], self._cross[slot], self._lengths[slot] = self._empty(), [], 0
 
     def close(self) -> None:
         """Free sessions and state; the backend must not be used afterwards."""

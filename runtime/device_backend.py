@@ -30,6 +30,7 @@ class DeviceBackend:
     """
 
     chunked = rewinds = stores_state = True
+    kv_budget = None  # buffers are allocated whole
     verifies_batches = False  # a call with past and several new tokens has batch 1 there
     prefill_chunk = 2048
 
@@ -288,6 +289,9 @@ class DeviceBackend:
         self._memory.activate()
         self._note_changed(slot, start + state[0].shape[1] if state else int(self._held[slot]))
         self._state.write(slot, start, state)
+
+    def free(self, slot: int) -> None:
+        raise AssertionError("a device's buffers are whole")
 
     def close(self) -> None:
         """Free sessions, state and weights; the backend must not be used afterwards."""

@@ -20,7 +20,7 @@ from llmx.runtime.manifest import Manifest
 from llmx.runtime.manifest_check import check_session, why_not_on_device
 from llmx.runtime.providers import Device, import_onnxruntime
 from llmx.runtime.sessions import check_version, open_session
-from llmx.runtime.state import plan_state
+from llmx.runtime.state import DEFAULT_MAX_LENGTH, plan_state
 
 #: What onnxruntime takes besides weights and state: its libraries' code, cuBLAS workspaces, a prompt's activations.
 OVERHEAD = 1 << 30
@@ -29,9 +29,15 @@ _PIECE = 64 << 20  # bytes of weights copied at once
 
 
 def open_on_device(
-    folder: Path, manifest: Manifest, device: Device, max_length: int | None, slots: int, ahead: bool = True
+    folder: Path,
+    manifest: Manifest,
+    device: Device,
+    max_length: int | None,
+    slots: int,
+    ahead: bool = True,
+    bound: int | None = None,
 ) -> DeviceBackend:
-    """A backend on CUDA device `device.index`.
+    """A backend on CUDA device `device.index`. `bound`: bytes of state, all slots together.
 
     Raises ProviderError (no driver, device or provider), PackageError, OutOfMemoryError, RequestError.
     """
@@ -45,6 +51,9 @@ def open_on_device(
         spare = manifest.state_bytes_per_token() * slots * SPARE_POSITIONS
         free = memory.free_bytes() - OVERHEAD - logits - spare
         weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
+        if bound is not None:
+            longest = min(manifest.model.context_length, DEFAULT_MAX_LENGTH)
+            max_length = whole_slots(manifest, bound - spare, slots, longest, max_length)
         plan = plan_state(manifest, max_length, slots, free, weights, "on the GPU")
         with environment(kernel_settings(manifest, memory.capability)):
             sessions = open_device_sessions(folder, manifest, memory, cuda_options(device, memory.stream))

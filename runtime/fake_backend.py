@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from llmx.runtime.kv_budget import KVBudget
 from llmx.runtime.step_logits import HostLogits, HostPrefill, StepLogits
 
 
@@ -10,7 +11,8 @@ class FakeBackend(HostPrefill):
     """A Backend whose logits are a pure function of the slot's tokens so far.
 
     Each slot keeps the tokens written at its positions. Writing past a gap, or asking for a position that was never
-    written, raises AssertionError: a scheduler that mixes up slots or positions does not go unnoticed.
+    written, raises AssertionError: a scheduler that mixes up slots or positions does not go unnoticed. With `kv_positions`
+    so does one that has all slots together hold more.
     """
 
     recompute_at: int | None = None
@@ -20,11 +22,19 @@ class FakeBackend(HostPrefill):
     prefill_chunk = 192
     last_hidden: np.ndarray | None = None
 
-    def __init__(self, slots: int = 4, max_length: int = 64, vocab_size: int = 32, rewinds: bool = True) -> None:
+    def __init__(
+        self,
+        slots: int = 4,
+        max_length: int = 64,
+        vocab_size: int = 32,
+        rewinds: bool = True,
+        kv_positions: int | None = None,
+    ) -> None:
         self.stores_state = rewinds
         self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
+        self.kv_budget = None if kv_positions is None else KVBudget(kv_positions, 1, 8, max_length)
         self.num_prefills = self.num_decodes = self.num_verifies = 0
         self.closed = False
 
@@ -49,6 +59,11 @@ class FakeBackend(HostPrefill):
         assert self.rewinds or position in (0, len(written)), f"slot {slot}: goes back to {position}"
         del written[position:]
         written.append(token)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        held = sum(map(len, self._written))
+        assert self.kv_budget is None or held <= self.kv_budget.blocks, f"{held} positions are held"
 
     def prefill(
         self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
@@ -95,6 +110,7 @@ class FakeBackend(HostPrefill):
         assert self._written[target][:start] == self._written[source][:start], f"slot {target}: differs before {start}"
         assert self.rewinds or length == len(self._written[source])
         self._written[target] = self._written[source][:length]
+        self._check_room()
 
     def read_state(self, slot: int, start: int, end: int) -> list[np.ndarray]:
         assert 0 <= start < end <= len(self._written[slot])
@@ -111,6 +127,13 @@ class FakeBackend(HostPrefill):
     def give_state(self, slot: int, length: int, state: list[np.ndarray]) -> None:
         assert length == len(state[0])
         self._written[slot] = state[0].tolist()
+        self._check_room()
+
+    def wrap_state(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return arrays
+
+    def free(self, slot: int) -> None:
+        self._written[slot] = []
 
     def close(self) -> None:
         self.closed = True

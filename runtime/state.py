@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 from llmx.runtime.dtypes import itemsize, numpy_dtype
 from llmx.runtime.errors import OutOfMemoryError, RequestError
+from llmx.runtime.kv_budget import PAGE, KVBudget, plan_budget
 from llmx.runtime.machine import available_memory
 from llmx.runtime.manifest import Manifest, StateTensor
 
 DEFAULT_MAX_LENGTH = 4096
 _ALIGNMENT = 64  # bytes
+_MAP_NORESERVE = 0x4000  # Linux: address space beyond what memory could hold; Python names it from 3.13 on
 
 
 @dataclass(frozen=True)
 class StatePlan:
-    """How much state fits: `slots` requests of `max_length` positions, `bytes` in all."""
+    """How much state fits: `slots` requests of `max_length` positions, `bytes` in all. With a `budget` they take turns:
+    less than that is in use at any time.
+    """
 
     slots: int
     max_length: int
     bytes: int
+    budget: KVBudget | None = None
 
 
 def plan_state(
@@ -31,12 +39,13 @@ def plan_state(
     free: int | None = None,
     weights: int = 0,
     where: str = "",
+    bound: int | None = None,
 ) -> StatePlan:
     """Choose or check the state's size before anything is allocated.
 
     The default length is what the model's context and half of the free memory allow, at most 4,096. `weights` bytes are
-    still to be loaded and are not free; `where` says whose memory it is. Raises RequestError for lengths past the context, OutOfMemoryError for more than
-    what is free.
+    still to be loaded and are not free; `where` says whose memory it is. `bound`: bytes that all slots share (`plan_budget`).
+    Raises RequestError for lengths past the context, OutOfMemoryError for more than what is free.
     """
     context = manifest.model.context_length
     per_token = manifest.state_bytes_per_token()
@@ -47,11 +56,15 @@ def plan_state(
             f"The weights take {weights / 1e9:.2f} GB and {max(0, free) / 1e9:.2f} GB are free{where and ' ' + where}; "
             f"free some memory{advice}."
         )
-    free -= weights + manifest.state_bytes_per_slot() * slots
-    if free < 0:
-        raise OutOfMemoryError(f"{slots} slot(s) of recurrent state take more than the free memory; lower slots.")
     if slots < 1:
         raise RequestError(f"slots must be at least 1, and is {slots}.")
+    free -= weights
+    budget = None
+    if bound is not None and (max_length is None or 2 <= max_length <= context):
+        max_length, budget = plan_budget(manifest, bound, slots, free, min(context, DEFAULT_MAX_LENGTH), max_length)
+    free -= manifest.state_bytes_per_slot() * slots
+    if free < 0:
+        raise OutOfMemoryError(f"{slots} slot(s) of recurrent state take more than the free memory; lower slots.")
     if max_length is None:
         fits = free // 2 // max(1, per_token * slots)
         max_length = int(min(context, DEFAULT_MAX_LENGTH, fits))
@@ -61,8 +74,8 @@ def plan_state(
         raise RequestError(
             f"max_length must lie between 2 and the package's context of {context} positions, and is {max_length}."
         )
-    plan = StatePlan(slots, max_length, per_token * slots * max_length)
-    if plan.bytes > free:
+    plan = StatePlan(slots, max_length, per_token * slots * max_length, budget)
+    if budget is None and plan.bytes > free:
         raise OutOfMemoryError(_too_much(per_token, slots, max_length, free))
     return plan
 
@@ -84,34 +97,56 @@ class StatePool:
 
     Invariant: `views(i)` and `rows(n)` share memory with the buffers, so that binding them as past and present lets a
     step write its rows in place. A slot is a contiguous range, its outermost axis being the batch axis.
+
+    With a budget the buffers are address space of which as much is resident as has been written and not freed since. A
+    head of a slot begins at a page then, its positions being rounded up to whole blocks.
     """
 
     def __init__(self, manifest: Manifest, plan: StatePlan) -> None:
-        self.plan = plan
+        self.plan, budget = plan, plan.budget
         self.tensors: list[StateTensor] = manifest.state
         self._buffers: list[np.ndarray] = []
-        sizes = {"slots": plan.slots, "max_length": plan.max_length}
+        length = plan.max_length if budget is None else -(-plan.max_length // budget.block) * budget.block
+        sizes = {"slots": plan.slots, "max_length": length}
         shapes = [[sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape] for tensor in self.tensors]
         assert all(tensor.layout == "in_place" for tensor in self.tensors)
         places = [0]
         for tensor, shape in zip(self.tensors, shapes, strict=True):
-            size = math.prod(shape) * itemsize(tensor.dtype)
-            places.append(places[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+            size, step = math.prod(shape) * itemsize(tensor.dtype), _ALIGNMENT if budget is None else PAGE
+            places.append(places[-1] + -(-size // step) * step)
+        self._map: mmap.mmap | None = None
         try:
             # One allocation: from 4 MB on, numpy asks for huge pages (Linux), which a step reads faster. Zeroed pages cost
             # no memory until they are written.
-            memory = np.zeros(places[-1], np.uint8)
-        except MemoryError:
+            memory = np.zeros(places[-1], np.uint8) if budget is None else self._reserve(places[-1])
+        except (MemoryError, OSError):
             raise OutOfMemoryError(
                 f"The state of {plan.bytes / 1e9:.2f} GB could not be allocated; lower max_length or slots."
             ) from None
+        self._places = places[:-1]
         for place, tensor, shape in zip(places, self.tensors, shapes, strict=False):
             size = math.prod(shape) * itemsize(tensor.dtype)
             self._buffers.append(memory[place : place + size].view(numpy_dtype(tensor.dtype)).reshape(shape))
 
+    def _reserve(self, size: int) -> np.ndarray:
+        """Zeroed address space uint8 [size], of which only what is written is resident, in pages as small as they are."""
+        if sys.platform != "linux":
+            return np.zeros(size, np.uint8)
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(self._map, np.uint8)
+
     def rows(self, first: int, count: int) -> list[np.ndarray]:
         """Views of slots `first` to `first + count - 1`, in the order of `tensors`."""
         return [buffer[first : first + count] for buffer in self._buffers]
+
+    def free(self, slot: int) -> None:
+        """Give a slot's memory back to the system, where it was reserved; the slot reads as zeros then."""
+        if self._map is not None:
+            for place, buffer in zip(self._places, self._buffers, strict=True):
+                size = buffer[0].nbytes
+                self._map.madvise(mmap.MADV_DONTNEED, place + slot * size, size)
 
     def copy_slot(self, source: int, target: int, length: int, start: int = 0) -> None:
         """Copy positions `start` … `length - 1` of one slot to another."""
@@ -130,10 +165,10 @@ class StatePool:
     def check_integrity(self) -> None:
         """Raises AssertionError where the buffers no longer have the planned sizes."""
         total = sum(buffer.nbytes for buffer in self._buffers)
-        assert total == self.plan.bytes, f"{total} bytes of state, planned {self.plan.bytes}"
+        assert total == self.plan.bytes or self.plan.budget, f"{total} bytes of state, planned {self.plan.bytes}"
         for tensor, buffer in zip(self.tensors, self._buffers, strict=True):
             assert buffer.flags.c_contiguous, tensor.input
             assert buffer.dtype.itemsize == itemsize(tensor.dtype), tensor.input
 
     def close(self) -> None:
-        self._buffers = []
+        self._buffers, self._map = [], None
