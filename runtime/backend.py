@@ -323,9 +323,7 @@ def open_backend(
     # mapped weights are the page cache's, which gives them back; otherwise each graph keeps its own prepacked copy
     mapped = resolved.kind == "cpu" and mapped_cache and wanted(manifest)
     weights = manifest.files["weights.data"].size if "weights.data" in manifest.files else 0
-    plan = plan_state(
-        manifest, max_length, slots, weights=0 if mapped else weights * 2, bound=kv_cache_memory_bytes
-    )
+    plan = plan_state(manifest, max_length, slots, weights=0 if mapped else weights * 2, bound=kv_cache_memory_bytes)
     sessions = open_sessions(folder, manifest, resolved, SessionSettings(threads, spin, mapped_cache, cache_dir))
     if any(tensor.layout in CARRIED for tensor in manifest.state):
         from llmx.runtime.carried import CarriedBackend

@@ -9,6 +9,7 @@ import numpy as np
 from llmx.runtime.beams import BeamGroup, BeamSearch
 from llmx.runtime.errors import LlmxError, RequestError
 from llmx.runtime.history import History
+from llmx.runtime.kv_budget import KVRoom
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.processors import processed
 from llmx.runtime.sampling import with_logprobs
@@ -25,6 +26,16 @@ def check_slots(params: SamplingParams, slots: int) -> None:
         raise RequestError(
             f"num_beams is {params.num_beams} and there are {slots} slots, one for each beam; "
             f"lower num_beams or load the model with slots={params.num_beams}."
+        )
+
+
+def check_room(params: SamplingParams, room: KVRoom | None, longest: int) -> None:
+    """Raises RequestError where a search whose beams grow to `longest` positions would not fit even alone."""
+    beams = params.num_beams or 1
+    if room is not None and not room.ever_holds(beams, longest):
+        raise RequestError(
+            f"{beams} beams of up to {longest} tokens each do not fit into the {room.budget.positions} positions that "
+            "kv_cache_memory_bytes has room for; lower num_beams or max_tokens, or raise it."
         )
 
 

@@ -13,6 +13,7 @@ from llmx.runtime.device_prefill import Prefill
 from llmx.runtime.device_state import DeviceState
 from llmx.runtime.device_steps import SPARE_POSITIONS, CandidatesStep, DecodeStep, buckets
 from llmx.runtime.dtypes import itemsize, numpy_dtype
+from llmx.runtime.kv_budget import KVBudget
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.ort_arrays import run_error
 from llmx.runtime.providers import import_onnxruntime
@@ -30,7 +31,7 @@ class DeviceBackend:
     """
 
     chunked = rewinds = stores_state = True
-    kv_budget = None  # buffers are allocated whole
+    kv_budget: KVBudget | None = None  # buffers are allocated whole
     verifies_batches = False  # a call with past and several new tokens has batch 1 there
     prefill_chunk = 2048
 

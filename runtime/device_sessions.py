@@ -16,6 +16,7 @@ from llmx.runtime.device_memory import DeviceMemory
 from llmx.runtime.device_steps import SPARE_POSITIONS
 from llmx.runtime.dtypes import itemsize
 from llmx.runtime.errors import PackageError, ProviderError
+from llmx.runtime.kv_budget import whole_slots
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.manifest_check import check_session, why_not_on_device
 from llmx.runtime.providers import Device, import_onnxruntime

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from llmx.runtime.backend import Backend
-from llmx.runtime.beam_requests import check_slots, make_group
+from llmx.runtime.beam_requests import check_room, check_slots, make_group
 from llmx.runtime.best_of import scored
 from llmx.runtime.candidates import WHOLE_ROW, asked
 from llmx.runtime.detokenizer import IncrementalDetokenizer
 from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.history import History
+from llmx.runtime.kv_budget import KVRoom
 from llmx.runtime.manifest import Seq2SeqInfo
 from llmx.runtime.masks_ahead import MasksAhead
 from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.preemption import give_up, take_back
 from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.rules import make_rules
 from llmx.runtime.sampling import make_generator, restricted_until
@@ -58,9 +60,11 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, backend.vocab_size)
         self.masks = MasksAhead()
-        self.scheduler = Scheduler(
-            backend.slots, prefill_chunk if backend.chunked else backend.max_length, backend.rewinds
-        )
+        room = None
+        if backend.kv_budget is not None:
+            room = KVRoom(backend.kv_budget, backend.slots, 0 if speculator is None else speculator.most + 1)
+        chunk = prefill_chunk if backend.chunked else backend.max_length
+        self.scheduler = Scheduler(backend.slots, chunk, backend.rewinds, room)
         self.prefix_cache: PrefixCache | None = None
         if prefix_cache_bytes > 0 and backend.stores_state:
             self.prefix_cache = PrefixCache(backend, self.scheduler.prefill_chunk, prefix_cache_bytes)
@@ -92,6 +96,7 @@ class Engine:
         searches = (params.num_beams or 1) > 1
         if searches:
             check_slots(params, self.backend.slots)
+            check_room(params, self.scheduler.room, min(longest, len(prompt_ids) + (params.max_tokens or longest)))
         count = (params.num_beams or 1) if searches else params.num_samples
         form = None if wanted is None else StructuredOutputsParams.of(wanted)
         grammars = [None if form is None else self.grammars.compile(form) for _ in range(count)]
@@ -245,16 +250,23 @@ class Engine:
                 self.output.fail(request, error)
 
     def _execute(self, plan: Plan) -> None:
+        for sequence, slot in plan.preempted:
+            give_up(sequence, slot, self.prefix_cache)
+        self._free_slots()
         forked = [sequence for _, sequence in plan.forks]
         for sequence, slot in plan.moves:
             assert sequence.slot is not None
             if sequence.num_cached and sequence not in forked:  # else its slot holds nothing of its own yet
                 self.backend.copy_slot(sequence.slot, slot, sequence.num_cached)
             self.scheduler.pool.move(sequence, slot)
+            self._free_slots()
         for twin, sequence in plan.forks:
             assert twin.slot is not None and sequence.slot is not None
             self.backend.copy_slot(twin.slot, sequence.slot, sequence.num_prompt)
-            self.output.advance(sequence, HostLogits(sequence.request.prompt_logits[None]), 0)
+            if sequence.num_output:  # it was preempted, and goes on from its own tokens
+                take_back(sequence, self.prefix_cache)
+            else:
+                self.output.advance(sequence, HostLogits(sequence.request.prompt_logits[None]), 0)
         for prefill in plan.prefills:
             if prefill.sequence.slot is not None:  # its request may have failed in this very step
                 self._prefill.run(prefill)
@@ -289,3 +301,12 @@ class Engine:
             self._dropped = self.scheduler.num_dropped
             self._live = [request for request in self._live if not request.finished]
             self._decode.forget()
+            if self.prefix_cache is not None:
+                self.prefix_cache.forget_ended()
+            self._free_slots()
+
+    def _free_slots(self) -> None:
+        """Give back the memory of slots that were left. Where they are allocated whole there is none to give back."""
+        if self.scheduler.room is not None:
+            for slot in self.scheduler.pool.take_left():
+                self.backend.free(slot)

@@ -29,12 +29,15 @@ class FakeBackend(HostPrefill):
         vocab_size: int = 32,
         rewinds: bool = True,
         kv_positions: int | None = None,
+        kv_block: int = 1,
     ) -> None:
         self.stores_state = rewinds
         self.rewinds = rewinds  # False: a recurrence, which knows no way back but to the beginning
         self.slots, self.max_length, self.vocab_size = slots, max_length, vocab_size
         self._written: list[list[int]] = [[] for _ in range(slots)]
-        self.kv_budget = None if kv_positions is None else KVBudget(kv_positions, 1, 8, max_length)
+        self.kv_budget = (
+            None if kv_positions is None else KVBudget(kv_positions // kv_block, kv_block, 8 * kv_block, max_length)
+        )
         self.num_prefills = self.num_decodes = self.num_verifies = 0
         self.closed = False
 
@@ -62,8 +65,9 @@ class FakeBackend(HostPrefill):
         self._check_room()
 
     def _check_room(self) -> None:
-        held = sum(map(len, self._written))
-        assert self.kv_budget is None or held <= self.kv_budget.blocks, f"{held} positions are held"
+        if self.kv_budget is not None:
+            held = [self.kv_budget.of(len(written)) for written in self._written]
+            assert sum(held) <= self.kv_budget.blocks, f"{held} blocks are held"
 
     def prefill(
         self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None

@@ -1,15 +1,24 @@
-"""How much state all slots may hold together, where that is less than a whole context for each of them."""
+"""How much state all slots may hold together, where that is less than a whole context for each of them.
+
+Who runs then is decided by what there is room for: the youngest continuation gives its slot back when those that are older
+need its blocks (`Scheduler.plan`), as vLLM's does (arXiv:2309.06180, section 4.5).
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmx.runtime.dtypes import itemsize
 from llmx.runtime.errors import OutOfMemoryError, RequestError
 from llmx.runtime.manifest import Manifest
 from llmx.runtime.units import human_bytes
+
+if TYPE_CHECKING:
+    from llmx.runtime.scheduler import Sequence
 
 PAGE = mmap.PAGESIZE
 NAME = "kv_cache_memory_bytes"  # vLLM's
@@ -36,6 +45,30 @@ class KVBudget:
     @property
     def positions(self) -> int:
         return self.blocks * self.block
+
+
+class KVRoom:
+    """Counts the blocks that slots take: of a held one those for its holder's tokens and `ahead` more positions (guesses that
+    a pass may write), of a free one one.
+    """
+
+    def __init__(self, budget: KVBudget, slots: int, ahead: int = 0) -> None:
+        self.budget, self._slots, self._ahead = budget, slots, ahead
+
+    def of(self, sequence: Sequence) -> int:
+        return self.budget.of(len(sequence.history.tokens) + self._ahead)
+
+    def left(self, held: Iterable[Sequence]) -> int:
+        """Blocks that nobody takes; below 0 where the holders have outgrown the budget."""
+        return self.budget.blocks - self._slots - sum(self.of(sequence) - 1 for sequence in held)
+
+    def admits(self, held: list[Sequence], more: list[Sequence]) -> bool:
+        """Whether `more` may join: there is a block to grow by for each that runs, so that none is preempted at once."""
+        return self.left([*held, *more]) >= len(held)
+
+    def ever_holds(self, sequences: int, positions: int) -> bool:
+        """Whether so many sequences of so many positions fit at the same time."""
+        return self.budget.of(positions + self._ahead) * sequences + self._slots - sequences <= self.budget.blocks
 
 
 def page_block(manifest: Manifest) -> int:

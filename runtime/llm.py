@@ -57,6 +57,9 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
             None: 192 on a CPU, 2,048 on a GPU.
         prefix_cache_bytes: memory for the state of prompt prefixes, which later prompts that begin alike are spared
             (docs/serving.md); 0: none. Packages with carried state have none.
+        kv_cache_memory_bytes: memory for the state of all slots together, where that is less than a whole context each: the
+            youngest requests wait while the older ones need it, and go on later (docs/serving.md). None: no bound but
+            `max_length` and `slots`. On a GPU it bounds `max_length`.
         mapped_cache: keep prepacked CPU weights in a cache on disk, mapped into memory and shared by the graphs.
         speculative: speculative decoding, lossless: a draft package with the same vocabulary (folder or hub id), or a
             `Speculation`, which also looks up what followed in the prompt. docs/decoding.md.
@@ -79,6 +82,7 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         prefix_cache_bytes: int = 0,
         cache_dir: str | Path | None = None,
         speculative: Speculation | str | Path | None = None,
+        kv_cache_memory_bytes: int | None = None,
     ) -> None:
         if prefill_chunk is not None and prefill_chunk < 1:
             raise RequestError(f"prefill_chunk must be at least 1, and is {prefill_chunk}.")
@@ -105,7 +109,14 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         ahead = Ahead(partial(_load_tokenizer, folder, manifest), inline=active() is not None)
         try:
             with span("load graphs"):
-                backend = open_backend(folder, manifest, max_length=max_length, slots=slots, **options)
+                backend = open_backend(
+                    folder,
+                    manifest,
+                    max_length=max_length,
+                    slots=slots,
+                    kv_cache_memory_bytes=kv_cache_memory_bytes,
+                    **options,
+                )
         except BaseException:
             ahead.join()
             raise
@@ -258,6 +269,8 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
             if self.backend.chunked:  # few tokens may take another graph
                 self.backend.prefill(0, np.zeros(min(2, count), np.int64), 0, np.zeros(1, np.int64))
             self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
+            if self.backend.kv_budget is not None:
+                self.backend.free(0)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

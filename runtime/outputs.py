@@ -55,6 +55,7 @@ class RequestMetrics:
     num_drafted: int = 0  # tokens that speculation guessed
     num_accepted: int = 0  # those of them that stood
     num_verifications: int = 0  # passes that judged guesses
+    num_preemptions: int = 0  # times that a continuation lost its slot, and went on later
     num_cached_tokens: int = 0  # of the prompt's, those whose state was not computed again
 
     @property

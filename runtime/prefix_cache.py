@@ -4,7 +4,7 @@ A block is a whole prefill chunk: the state of `block` prompt tokens, copied out
 a hash of all tokens up to its end (as vLLM's automatic prefix caching, arXiv:2309.06180, names blocks). A hit copies it
 into another slot. A chunk begins and ends at the same positions whether or not those before it came from here, so what
 is restored, and what is computed after it, are bit for bit what a cold prefill computes. For the same reason state that
-decode steps made is never kept.
+decode steps made is kept for the sequence that made it alone, while it waits to go on (`park`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Block:
 
 
 class PrefixCache:
-    """Owns at most `max_bytes` of blocks, the least recently used out first.
+    """Owns at most `max_bytes` of blocks, the least recently used out first, and of preempted sequences' outputs.
 
     Invariant: a block is the state that a cold prefill of its tokens computes, whichever request asked for it.
     """
@@ -37,6 +37,7 @@ class PrefixCache:
     def __init__(self, backend: Backend, block: int, max_bytes: int) -> None:
         self._backend, self._block, self.max_bytes = backend, block, max_bytes
         self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # least recently used first
+        self._parked: dict[Sequence, tuple[int, _Block]] = {}  # from the output's first position to the one given
         self._key = secrets.token_bytes(16)  # nobody outside can make two prefixes collide
         self.num_bytes = 0
         self.num_queries = self.num_hits = 0  # prompt tokens looked up, and found
@@ -83,25 +84,61 @@ class PrefixCache:
             if key in self._blocks:
                 self._blocks.move_to_end(key)
 
+    def park(self, sequence: Sequence, slot: int) -> None:
+        """Keep what `slot` holds of the sequence's output, if there is room. Blocks give way to it."""
+        start, end = sequence.num_prompt, sequence.num_cached
+        if end <= start:
+            return
+        try:
+            state = self._backend.read_state(slot, start, end)
+        except MemoryError:
+            return
+        size = sum(array.nbytes for array in state)
+        if self._make_room(size, set()):
+            self._parked[sequence] = (end, _Block(state, size))
+            self.num_bytes += size
+
+    def unpark(self, sequence: Sequence) -> None:
+        """Put the state of the sequence's output behind that of its prompt, if it was kept."""
+        if sequence in self._parked:
+            end, block = self._parked.pop(sequence)
+            assert sequence.slot is not None and sequence.num_cached == sequence.num_prompt
+            self._backend.write_state(sequence.slot, sequence.num_prompt, block.state)
+            sequence.num_cached = end
+            self.num_bytes -= block.num_bytes
+
+    def forget_ended(self) -> None:
+        """Let go of what was kept for sequences that have ended."""
+        for sequence in [s for s in self._parked if s.finish_reason is not None]:
+            self.num_bytes -= self._parked.pop(sequence)[1].num_bytes
+
     def clear(self) -> None:
         self._blocks.clear()
+        self._parked.clear()
         self.num_bytes = 0
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the sizes add up and keep to the limit."""
-        assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values())
+        parked = sum(block.num_bytes for _, block in self._parked.values())
+        assert self.num_bytes == sum(block.num_bytes for block in self._blocks.values()) + parked
+        assert all(s.finish_reason is None and s.num_cached <= s.num_prompt for s in self._parked), "kept for nobody"
         assert self.num_bytes <= self.max_bytes, f"{self.num_bytes} bytes of prefixes, {self.max_bytes} allowed"
 
     def _put(self, key: bytes, state: list[np.ndarray], chain: set[bytes]) -> None:
         """Keep a block; of its own prompt's blocks none is given up for it, as they are of no use without each other."""
         size = sum(array.nbytes for array in state)
+        if self._make_room(size, chain):
+            self._blocks[key] = _Block(state, size)
+            self.num_bytes += size
+
+    def _make_room(self, size: int, chain: set[bytes]) -> bool:
+        """Give up blocks, the least recently used first but none of `chain`, until `size` bytes fit; whether they do."""
         while self.num_bytes + size > self.max_bytes:
             oldest = next(iter(self._blocks), None)
             if oldest is None or oldest in chain:
-                return
+                return False
             self.num_bytes -= self._blocks.pop(oldest).num_bytes
-        self._blocks[key] = _Block(state, size)
-        self.num_bytes += size
+        return True
 
     @staticmethod
     def _serves(request: Request) -> bool:

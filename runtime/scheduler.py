@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmx.runtime.history import History
+from llmx.runtime.kv_budget import KVRoom
 from llmx.runtime.outputs import Logprob, RequestMetrics, StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.stopping import StopChecker
@@ -37,9 +38,14 @@ class Sequence:
     plain: bool = False  # nothing but `ends` and `longest` ends it, and a piece is a token and its text
     slot: int | None = None
     num_cached: int = 0
-    turn: int = 0  # in which order sequences got their slots
+    order: int = 0  # in which order sequences arrived
+    turn: int = 0  # in which order they got their slots
     parked: bool = False  # holds a slot and runs nothing: a beam that waits for the prompt's state
     speculation: Any = None  # a Progress, where guesses are made
+    replay_to: int = 0  # positions that had been computed when it was preempted: up to there its tokens are known
+    passes: dict[int, int] = field(
+        default_factory=dict
+    )  # of the output's positions, those that one pass computed: start -> end
     recomputed: bool = False  # the slot's state is no longer what the prompt alone would make
     texts: list[str] = field(default_factory=list)  # the output's text, piece by piece
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
@@ -73,6 +79,11 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         return self.num_cached < self.num_prompt
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the state of tokens that are known already is computed again."""
+        return self.num_cached < self.replay_to
 
 
 @dataclass(eq=False)
@@ -119,9 +130,12 @@ class SlotPool:
         self._holders: list[Sequence] = []  # in slot order; a new list for each change, as other threads look at it
         #: Changes whenever a slot changes hands.
         self.version = 0
+        self._left: set[int] = set()
 
     def _set(self, slot: int, holder: Sequence | None) -> None:
         self._slots[slot] = holder
+        if holder is None:
+            self._left.add(slot)
         self._holders = [holder for holder in self._slots if holder is not None]
         self.version += 1
 
@@ -145,6 +159,11 @@ class SlotPool:
         self._set(sequence.slot, None)
         self._set(slot, sequence)
         sequence.slot = slot
+
+    def take_left(self) -> set[int]:
+        """Slots that a holder has left since this was last asked, whoever has them now."""
+        left, self._left = self._left, set()
+        return left
 
     def clear(self) -> None:
         """Free every slot."""
@@ -189,12 +208,15 @@ class PrefillPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of prompts within the budget, forks of finished prompts, slots to move, then one token for each row."""
+    """One step: sequences that gave their slots back, chunks of prompts within the budget, forks of finished prompts, slots to
+    move, then one token for each row.
+    """
 
     prefills: list[PrefillPlan]
     forks: list[tuple[Sequence, Sequence]]  # (holder of the prompt's state, its sibling in a new slot)
     moves: list[tuple[Sequence, int]]
     decode: list[Sequence]
+    preempted: list[tuple[Sequence, int]] = field(default_factory=list)  # (it waits again, the slot that it had)
 
 
 class Scheduler:
@@ -203,19 +225,27 @@ class Scheduler:
     `prefill_chunk` is both a chunk's size and the budget of prompt tokens in a step, beside which all others decode: a
     step takes no longer than that however long the prompts are, so that streams go on. A chunk ends at a multiple of the
     size, wherever the budget would end, so that a prompt is always cut at the same places.
+
+    With `room` sequences hold slots only while their state fits: when it no longer does, the youngest waits again, before all
+    that came after it. `waiting` is in order of arrival, and nobody passes its first sequence unless that waits for a
+    sibling's state. The oldest of those that run is never preempted, so it comes to its end, whatever else happens.
     """
 
-    def __init__(self, slots: int, prefill_chunk: int, rewinds: bool = True) -> None:
-        self.rewinds = rewinds
+    def __init__(self, slots: int, prefill_chunk: int, rewinds: bool = True, room: KVRoom | None = None) -> None:
+        self.rewinds, self.room = rewinds, room
         self.pool = SlotPool(slots)
         self.waiting: deque[Sequence] = deque()
         self.prefill_chunk = prefill_chunk
-        self._turns = itertools.count()
+        self._orders, self._turns = itertools.count(), itertools.count()
         self._steady: tuple[int, Plan] | None = None  # a plan in which all decode, and the pool's version then
         #: Sequences that have ended so far.
         self.num_dropped = 0
+        #: Slots that sequences have given back before their end so far.
+        self.num_preempted = 0
 
     def add(self, request: Request) -> None:
+        for sequence in request.sequences:
+            sequence.order = next(self._orders)
         self.waiting.extend(request.sequences)
 
     def drop(self, sequence: Sequence) -> None:
@@ -241,6 +271,8 @@ class Scheduler:
         assert all(s.slot is None and s.finish_reason is None for s in self.waiting)
         for s in self.pool.held():
             assert s.finish_reason is None and 0 <= s.num_cached <= len(s.tokens), f"slot {s.slot}"
+        orders = [s.order for s in self.waiting]
+        assert orders == sorted(orders), "not first come, first served"
 
     @property
     def has_work(self) -> bool:
@@ -250,15 +282,16 @@ class Scheduler:
         """Decide the next step. Slots change hands here (with `admit=False` none is given); state moves when the engine
         executes the plan.
         """
+        preempted = [] if self.room is None or self.room.left(self.pool.held()) >= 0 else self._preempt()
         forks: list[tuple[Sequence, Sequence]] = []
-        for sequence in list(self.waiting) if admit and self.pool.num_free else []:
+        for sequence in list(self.waiting) if admit and self.pool.num_free and not preempted else []:
             if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
                 continue  # its sibling is computing the state that this one will copy
             if sequence.request.beams is not None:
                 if not self._seat(sequence.request):
                     break
                 continue
-            if not self.pool.acquire(sequence):
+            if not (self._admits([sequence]) and self.pool.acquire(sequence)):
                 break
             sequence.turn = next(self._turns)
             self.waiting.remove(sequence)
@@ -273,8 +306,9 @@ class Scheduler:
         held = self.pool.held()
         # A sequence without output waits for its twin's prompt logits, which the engine hands it with the fork.
         decoding = [s for s in held if not s.prefilling and s.num_output > 0 and id(s) not in forked]
-        plan = Plan(self._prefills(held), forks, moves, decoding)
-        self._steady = (self.pool.version, plan) if len(decoding) == len(held) and not moves else None
+        plan = Plan(self._prefills(held), forks, moves, decoding, preempted)
+        steady = len(decoding) == len(held) and not moves and not preempted
+        self._steady = (self.pool.version, plan) if steady else None
         return plan
 
     def _prefills(self, held: list[Sequence]) -> list[PrefillPlan]:
@@ -295,10 +329,28 @@ class Scheduler:
         end = (start // self.prefill_chunk + 1) * self.prefill_chunk
         return PrefillPlan(sequence, start, min(sequence.num_prompt, end))
 
+    def _preempt(self) -> list[tuple[Sequence, int]]:
+        """Have the youngest wait again until the others have room; a search's beams go together. (Sequence, its slot) of each."""
+        assert self.room is not None
+        left: list[tuple[Sequence, int]] = []
+        while self.room.left(self.pool.held()) < 0:
+            youngest = max(self.pool.held(), key=lambda s: s.order)
+            request = youngest.request
+            for sequence in [youngest] if request.beams is None else request.sequences:
+                assert sequence.slot is not None
+                left.append((sequence, sequence.slot))
+                self.pool.release(sequence)
+                self.waiting.insert(sum(s.order < sequence.order for s in self.waiting), sequence)
+        self.num_preempted += len(left)
+        return left
+
+    def _admits(self, more: list[Sequence]) -> bool:
+        return self.room is None or self.room.admits(self.pool.held(), more)
+
     def _seat(self, request: Request) -> bool:
         """Give all beams of a request slots at once, or none: two half-seated searches would wait for each other."""
         waiting = [s for s in request.sequences if s in self.waiting]
-        if self.pool.num_free < len(waiting):
+        if self.pool.num_free < len(waiting) or not self._admits(waiting):
             return False
         for sequence in waiting:
             self.pool.acquire(sequence)
@@ -308,7 +360,7 @@ class Scheduler:
 
     def _twin(self, sequence: Sequence) -> Sequence | None:
         """A sibling whose slot already holds the whole prompt's state (and no more, where state cannot be cut back)."""
-        if sequence.request.prompt_logits is None:
+        if sequence.request.prompt_logits is None and not sequence.num_output:
             return None
         holders = (s for s in sequence.request.sequences if s is not sequence and s.slot is not None)
         whole = (s for s in holders if not s.prefilling and not s.recomputed)
@@ -324,4 +376,6 @@ class Scheduler:
         holes = [slot for slot in range(len(held)) if slot not in taken]
         for sequence, slot in zip([s for s in held if s.slot is not None and s.slot >= len(held)], holes, strict=True):
             moves.append((sequence, slot))
+        if self.room is not None and self.room.left(held) < max(self.room.of(s) for s, _ in moves):
+            return []  # a copy is there twice while it is made
         return moves

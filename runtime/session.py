@@ -221,9 +221,12 @@ class Session:
         return self._parked.restore(backend, sequence.slot, sequence.num_prompt - 1)
 
     def keep(self, backend: Backend, sequence: Sequence) -> None:
-        """Take over a sequence that ends: its tokens, and the state that its slot holds."""
-        assert sequence.slot is not None
+        """Take over a sequence that ends: its tokens, and the state that its slot holds. It may have none: preempted, or still
+        waiting.
+        """
         self._tokens = list(sequence.tokens)
+        if sequence.slot is None:
+            return
         try:
             self._parked.keep(backend, sequence.slot, sequence.num_cached)
         except MemoryError:

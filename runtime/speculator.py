@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 #: Bytes of weights up to which a draft runs on one thread: waking others costs more than they save.
 _SMALL = 8 << 20
+_MEASURED = 4  # guesses of the largest pass that `calibrate` times
 _TIMED = 16  # of so many steps without a guess in sight one is timed
 
 #: Appends the token that a function chooses and says whether the sequence goes on.
@@ -81,6 +82,11 @@ class Speculator:
         self._resting = 0  # steps since someone was asked for guesses
         #: Passes that judged guesses, guesses, and those that stood, so far.
         self.counts = [0, 0, 0]
+
+    @property
+    def most(self) -> int:
+        """Guesses that a pass may hold."""
+        return max(self._fixed or self.settings.max_tokens, _MEASURED)
 
     def guess(self, sequences: list[Sequence]) -> dict[Sequence, list[Guess]]:
         """Guesses for those of `sequences` that have any."""
@@ -254,7 +260,7 @@ class Speculator:
         params = SamplingParams(temperature=0.0, max_tokens=8 * repeats + 8, ignore_eos=True).resolved({})
         request = engine.add(None, [0] * 16, params)
         engine.step()  # its prompt
-        times: dict[int, list[float]] = {0: [], 1: [], 4: []}
+        times: dict[int, list[float]] = {0: [], 1: [], _MEASURED: []}
         drafting: list[float] = []
         begin = time.perf_counter()
         for repeat in range(repeats):
@@ -276,9 +282,9 @@ class Speculator:
 
     def _learn(self, times: dict[int, float], drafting: float) -> None:
         """Costs from seconds of a step by its number of guesses, and of drafting the most of them."""
-        plain, one, many = times[0], times[1] / times[0], times[4] / times[0]
-        slope = max(many - one, 0.0) / 3
-        guess = min(drafting / 4 / plain, slope) if self._draws else 0.0
+        plain, one, many = times[0], times[1] / times[0], times[_MEASURED] / times[0]
+        slope = max(many - one, 0.0) / (_MEASURED - 1)
+        guess = min(drafting / _MEASURED / plain, slope) if self._draws else 0.0
         self.costs = Costs(slope - guess, guess, max(one - 1 - slope, -0.5))
         self.pace = Pace(self.costs, plain)
 

@@ -38,27 +38,32 @@ class DecodeStage:
 
     def run(self, sequences: list[Sequence]) -> None:
         """Take a step with each of the sequences, which hold slots."""
-        behind = [s for s in sequences if s.num_cached + 1 < len(s.history.tokens) and self._prefill.catch_up(s)]
+        behind = [s for s in sequences if s.num_cached + 1 < len(s.history.tokens)]
+        known: list[Sequence] = []  # those whose next token is not to be chosen
         if behind:
+            ran = [s for s in behind if (self._prefill.replay(s) if s.replaying else self._prefill.catch_up(s))]
+            known = [s for s in behind if s not in ran and s.slot is not None]
             sequences = [s for s in sequences if s.slot is not None and s not in behind]
-            if not sequences:
+            if not sequences and not known:
                 return
         start = time.perf_counter()
-        self._decode_rows(sequences)
+        self._decode_rows(sequences, known)
         if self.speculator is not None and not behind:
             self.speculator.note_step(len(sequences), time.perf_counter() - start)
 
-    def _decode_rows(self, sequences: list[Sequence]) -> None:
-        """One token for each of the sequences, or several where guesses stand."""
+    def _decode_rows(self, sequences: list[Sequence], known: list[Sequence]) -> None:
+        """One token for each of the sequences, or several where guesses stand. `known`: what was preempted takes the steps
+        that it had taken before, and nothing is made of their logits.
+        """
         rows = self.scheduler.pool.num_rows
         if self.speculator is not None:
             rest = self.speculator.run(sequences, lambda: self._lengths(rows, []), self.output.take, self.masks)
             if rest is not sequences:
                 sequences = [s for s in rest if s.slot is not None]
-                if not sequences:
+                if not sequences and not known:
                     return
         if self.backend.recompute_at is not None:
-            for sequence in sequences:
+            for sequence in [*sequences, *known]:
                 self._recompute(sequence)
         batch = self._batch = self._batch if self._batch.is_of(sequences) else _Batch(sequences)
         tokens, active = np.zeros(rows, np.int64), np.zeros(rows, bool)
@@ -66,13 +71,19 @@ class DecodeStage:
         active[batch.slots] = True
         temperatures = np.zeros(rows, np.float32)
         temperatures[batch.slots] = batch.asks
-        lengths = self._lengths(rows, sequences)
+        for sequence in known:
+            tokens[sequence.slot], active[sequence.slot] = sequence.tokens[sequence.num_cached], True
+        lengths = self._lengths(rows, [*sequences, *known])
         with span("decode"):
             if batch.histories:
                 with self.masks.during(batch.histories):
                     logits = self.backend.decode(tokens, lengths, active, temperatures)
             else:
                 logits = self.backend.decode(tokens, lengths, active, temperatures)
+        for sequence in known:
+            sequence.num_cached += 1
+        if not sequences:
+            return
         with span("sample"):
             chosen = batch.rows.choose(logits)
         self.output.advance_rows(sequences, logits, chosen)

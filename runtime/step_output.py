@@ -181,7 +181,7 @@ class OutputStage:
             else:
                 reason, stop_reason = "stop", sequence.stop.matched
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        if sequence.request.session is not None and sequence.slot is not None:
+        if sequence.request.session is not None:
             sequence.request.session.keep(self.backend, sequence)
         self.scheduler.drop(sequence)
         request = sequence.request

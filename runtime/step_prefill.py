@@ -8,6 +8,7 @@ import numpy as np
 from llmx.runtime.backend import Backend
 from llmx.runtime.beam_requests import advance as advance_beams
 from llmx.runtime.masks_ahead import MasksAhead
+from llmx.runtime.preemption import take_back
 from llmx.runtime.prefix_cache import PrefixCache
 from llmx.runtime.scheduler import PrefillPlan, Scheduler, Sequence
 from llmx.runtime.step_logits import HostLogits, StepLogits
@@ -40,7 +41,9 @@ class PrefillStage:
             metrics.num_cached_tokens = sequence.num_cached = sequence.request.session.restore(self.backend, sequence)
             plan = self.scheduler.next_chunk(sequence)
         if cache is not None:
-            metrics.num_cached_tokens = max(metrics.num_cached_tokens, cache.restore(sequence))
+            saved = cache.restore(sequence)
+            if not sequence.replay_to:  # what a request is told was spared at its beginning
+                metrics.num_cached_tokens = max(metrics.num_cached_tokens, saved)
             plan = self.scheduler.next_chunk(sequence)
         tokens = np.array(sequence.tokens[plan.start : plan.end], np.int64)
         scored = sequence.params.prompt_logprobs is not None and sequence.request.prompt_logprobs is not None
@@ -67,12 +70,17 @@ class PrefillStage:
                 cache.ended(sequence)
         if scored:
             self.output.note_prompt_logprobs(sequence, logits, plan.start)
-        if plan.last and sequence.request.beams is not None:
+        if not plan.last:
+            return
+        if sequence.num_output:  # it was preempted, and goes on from its own tokens
+            take_back(sequence, cache)
+            return
+        if sequence.request.beams is not None:
             advance_beams(self.output, sequence.request, [last.row(0)])
-        elif plan.last:
-            if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
-                sequence.request.prompt_logits = last.row(0).copy()
-            self.output.advance(sequence, last, 0)
+            return
+        if any(s is not sequence and s.finish_reason is None and s.prefilling for s in sequence.request.sequences):
+            sequence.request.prompt_logits = last.row(0).copy()
+        self.output.advance(sequence, last, 0)
 
     def catch_up(self, sequence: Sequence) -> bool:
         """Run in one chunk the tokens that a grammar has forced; whether there were any."""
@@ -82,11 +90,27 @@ class PrefillStage:
         while sequence.num_cached < len(tokens):
             start, end = sequence.num_cached, min(len(tokens), sequence.num_cached + self.scheduler.prefill_chunk)
             last = [end - start - 1] if end == len(tokens) else []
-            # each is at its own position what a decode step would make of it, not part of a longer prompt
-            with span("prefill"), self.masks.during([sequence.history] if last else []):
-                logits = self.backend.prefill(
-                    sequence.slot, np.array(tokens[start:end], np.int64), start, np.array(last, np.int64), start + 1
-                )
-            sequence.num_cached = end
+            with self.masks.during([sequence.history] if last else []):
+                logits = self._run_output(sequence, end, last)
+            sequence.passes[start] = end
         self.output.advance(sequence, HostLogits(logits), 0)
         return True
+
+    def replay(self, sequence: Sequence) -> bool:
+        """Run again the pass that computed what follows in the sequence's output; whether it was one, and not a step."""
+        end = sequence.passes.get(sequence.num_cached)
+        if end is None:
+            return False
+        self._run_output(sequence, end, [])
+        return True
+
+    def _run_output(self, sequence: Sequence, end: int, asked: list[int]) -> np.ndarray:
+        """One pass over the output's tokens up to `end`; logits [k, vocab] of its asked columns."""
+        start, slot = sequence.num_cached, sequence.slot
+        assert slot is not None
+        tokens = np.array(sequence.tokens[start:end], np.int64)
+        # each is at its own position what a decode step would make of it, not part of a longer prompt
+        with span("prefill"):
+            logits = self.backend.prefill(slot, tokens, start, np.array(asked, np.int64), start + 1)
+        sequence.num_cached = end
+        return logits

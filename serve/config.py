@@ -56,6 +56,11 @@ class ServeConfig(BaseModel):
     prefix_cache: float = Field(
         512.0, ge=0, description="Megabytes for the state of prompt prefixes that later prompts share; 0: none."
     )
+    kv_cache_memory: float | None = Field(
+        None,
+        gt=0,
+        description="Megabytes for the state of all slots together; the youngest requests wait while older ones need them.",
+    )
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a slot; the next gets 429 at once.")
     max_body: float = Field(8.0, gt=0, description="Megabytes of a request body.")
     header_timeout: _Seconds = Field(10.0, description="Seconds that a client may take to send a request's headers.")

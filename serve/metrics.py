@@ -103,7 +103,7 @@ class _Engines(Collector):
         waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Continuations that wait for a slot.", labels=_LABEL)
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Part of the state's positions in use.", labels=_LABEL)
         preempted = CounterMetricFamily(
-            "vllm:num_preemptions", "Requests preempted: none, slots are whole.", labels=_LABEL
+            "vllm:num_preemptions", "Times that a continuation lost its slot to older ones.", labels=_LABEL
         )
         queries = CounterMetricFamily("vllm:prefix_cache_queries", "Prompt tokens looked up.", labels=_LABEL)
         kept = GaugeMetricFamily("llmx:prefix_cache_bytes", "State of prompt prefixes that is kept.", labels=_LABEL)
@@ -122,11 +122,12 @@ class _Engines(Collector):
                 continue
             held = model.llm.engine.scheduler.pool.held()
             output.add_metric([model.name], model.llm.engine.num_output_tokens)
-            positions = model.llm.backend.slots * model.llm.max_length
+            budget = model.llm.backend.kv_budget
+            positions = model.llm.backend.slots * model.llm.max_length if budget is None else budget.positions
             running.add_metric([model.name], len(held))
             waiting.add_metric([model.name], max(0, model.queue.taken - len(held)))
             usage.add_metric([model.name], sum(s.num_cached for s in held) / positions)
-            preempted.add_metric([model.name], 0)
+            preempted.add_metric([model.name], model.llm.engine.scheduler.num_preempted)
             cache = model.llm.engine.prefix_cache
             queries.add_metric([model.name], cache.num_queries if cache else 0)
             hits.add_metric([model.name], cache.num_hits if cache else 0)

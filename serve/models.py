@@ -274,6 +274,7 @@ def _load(path: str, config: ServeConfig) -> LLM:
             spin=config.spin,
             prefill_chunk=config.prefill_chunk,
             prefix_cache_bytes=int(config.prefix_cache * 1e6),
+            kv_cache_memory_bytes=None if config.kv_cache_memory is None else int(config.kv_cache_memory * 1e6),
             speculative=_speculation(path, config),
         )
     except LlmxError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from llmx.export import ExportOptions, export_model
-from llmx.runtime import LLM, SamplingParams
+from llmx.runtime import LLM, SamplingParams, load_manifest
 from llmx.runtime.carried import CarriedBackend
 from llmx.runtime.scheduler import Request
 from zoo.models import VOCAB, make_seq2seq, save_checkpoint
@@ -89,3 +89,30 @@ def test_traffic(name: str, package: Callable[[str], Path], request: pytest.Fixt
             wanted = alone(llm, asked)
             for got, want in zip(tokens_of(asked), wanted, strict=True):
                 assert got == (want[: len(got)] if id(asked) in cancelled else want)
+
+
+@pytest.mark.parametrize("name", ["bloom", "lfm2", "t5"])
+def test_what_was_preempted_goes_on_as_it_would_have(
+    name: str, package: Callable[[str], Path], request: pytest.FixtureRequest
+) -> None:
+    """Three slots in the memory of a sequence and a third: prompts, recurrences and sources are read again."""
+    folder = request.getfixturevalue("t5") if name == "t5" else package(name)
+    manifest, rng = load_manifest(folder), np.random.default_rng(5)
+    # a state that grows is there twice while a step makes it
+    bound = manifest.state_bytes_per_slot() * 3 + manifest.state_bytes_per_token() * (64 + 88)
+    with LLM(folder, slots=3, max_length=64, threads=1, kv_cache_memory_bytes=bound) as llm:
+        live: list[Request] = []
+        for index in range(6):
+            params = SamplingParams(max_tokens=40, temperature=float(index % 2), seed=index, ignore_eos=True).resolved(
+                {}
+            )
+            ids = rng.integers(3, VOCAB, 12).tolist()
+            if llm.manifest.seq2seq is None:
+                live.append(llm.engine.add(None, ids, params))
+            else:
+                live.append(llm.engine.add(None, llm.manifest.seq2seq.decoder_prompt, params, None, np.array(ids)))
+        while llm.engine.has_work:
+            llm.engine.step()
+            llm.engine.check_integrity()
+        assert llm.engine.scheduler.num_preempted > 1
+        assert [tokens_of(asked) for asked in live] == [alone(llm, asked) for asked in live]

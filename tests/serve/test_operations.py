@@ -328,6 +328,41 @@ def test_small_writes_go_out_at_once(served: Running) -> None:
     assert done.wait(10) and found and all(found)
 
 
+def test_what_memory_does_not_hold_waits_and_says_the_same(serving: Serving) -> None:
+    """Ten blocks of 32 positions for three requests of some 200 each: the younger ones are preempted."""
+    server = serving(slots=3, max_length=256, kv_cache_memory=0.9, prefix_cache=0)
+    bodies = [
+        {"prompt": f"ROMEO {i}:", "max_tokens": 200, "temperature": 0.8, "seed": i, "ignore_eos": True}
+        for i in range(3)
+    ]
+
+    def ask(body: dict[str, Any]) -> str:
+        answer = server.post("/v1/completions", body)
+        assert answer.status_code == 200
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    alone = [ask(body) for body in bodies]
+    assert counted(server, "num_preemptions_total") == 0
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, bodies)) == alone
+    assert counted(server, "num_preemptions_total") > 0
+    search = {"prompt": "ROMEO:", "num_beams": 3, "ignore_eos": True}
+    assert server.post("/v1/completions", {**search, "max_tokens": 80}).status_code == 200
+    answer = server.post("/v1/completions", {**search, "max_tokens": 200})
+    assert answer.status_code == 400 and "do not fit into the 320 positions" in answer.json()["error"]["message"]
+
+
+def test_memory_for_less_than_one_request_is_refused(demo: Path) -> None:
+    with pytest.raises(RequestError, match="must hold a sequence of max_length 256"):
+        load_models(ServeConfig(onnx=[str(demo)], max_length=256, kv_cache_memory=0.5))
+
+
+def counted(server: Running, name: str) -> float:
+    families = text_string_to_metric_families(server.http.get("/metrics").text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == f"vllm:{name}")
+
+
 def test_metrics_have_vllms_names(serving: Serving) -> None:
     server = serving()
     for _ in range(2):
