@@ -62,7 +62,7 @@ class Engine:
         self.masks = MasksAhead()
         room = None
         if backend.kv_budget is not None:
-            room = KVRoom(backend.kv_budget, backend.slots, 0 if speculator is None else speculator.most + 1)
+            room = KVRoom(backend.kv_budget, backend.slots, 1 if speculator is None else speculator.most + 2)
         chunk = prefill_chunk if backend.chunked else backend.max_length
         self.scheduler = Scheduler(backend.slots, chunk, backend.rewinds, room)
         self.prefix_cache: PrefixCache | None = None

@@ -49,10 +49,10 @@ class KVBudget:
 
 class KVRoom:
     """Counts the blocks that slots take: of a held one those for its holder's tokens and `ahead` more positions (guesses that
-    a pass may write), of a free one one.
+    a pass may write, and the next position, where a row writes that idles in a step), of a free one one.
     """
 
-    def __init__(self, budget: KVBudget, slots: int, ahead: int = 0) -> None:
+    def __init__(self, budget: KVBudget, slots: int, ahead: int = 1) -> None:
         self.budget, self._slots, self._ahead = budget, slots, ahead
 
     def of(self, sequence: Sequence) -> int:

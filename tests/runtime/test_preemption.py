@@ -160,7 +160,7 @@ def test_what_can_never_run_is_refused() -> None:
         engine.add(None, [1] * 24, greedy(max_tokens=1))
     with pytest.raises(RequestError, match=r"3 beams of up to 20 tokens each do not fit into the 30 positions"):
         engine.add(None, [1] * 8, greedy(max_tokens=12, num_beams=3))
-    engine.add(None, [1] * 8, greedy(max_tokens=2, num_beams=3))
+    engine.add(None, [1] * 7, greedy(max_tokens=2, num_beams=3))
     run(engine)
 
 
