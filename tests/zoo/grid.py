@@ -175,3 +175,21 @@ def make_grid_model(name: str) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
     widen(model, seed)
     return model
+
+
+def experts_alike(model: Any) -> bool:
+    """Whether `model` has experts; they get the weights of the first. What is chosen at a tie then makes no difference, and
+    logits are continuous in the router's scores, which 16 bits move. (PhiMoE leaves out second experts within 1 % of the
+    first, its `router_jitter_noise`; so many that none is left out.)
+    """
+    found = False
+    with torch.no_grad():
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            if any(parameter.ndim == 3 for parameter in own):
+                found = True
+                for parameter in own:
+                    parameter.copy_(parameter[:1].expand_as(parameter))
+    if found:
+        model.config.router_jitter_noise = 10.0
+    return found
