@@ -142,7 +142,8 @@ def _compared(
             windows = sorted({t.window for t in manifest.state if t.window is not None})
             by_length = any(graph.input_named("rope_lengths") is not None for graph in manifest.graphs.values())
             stepwise = "prefill" not in manifest.graphs
-            result = verify(backend, load, manifest.dtype, windows, by_length, reporter.advance, stepwise)
+            shortest = manifest.model.min_prefill
+            result = verify(backend, load, manifest.dtype, windows, by_length, reporter.advance, stepwise, shortest)
     finally:
         backend.close()
     return replace(manifest, verification=result)

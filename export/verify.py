@@ -52,9 +52,11 @@ def verify(
     by_length: bool,
     progress: Progress,
     stepwise: bool = False,
+    min_prefill: int = 1,
 ) -> Verification:
     """Compare `backend`'s package with PyTorch's model, that `load` returns in float32 with its weights rounded to `dtype`.
-    `by_length`: its rotary factors depend on the length. `stepwise`: the package takes prompts token by token.
+    `by_length`: its rotary factors depend on the length. `stepwise`: the package takes prompts token by token, and shorter
+    ones than `min_prefill` in any case.
 
     Raises VerificationError at the first position where logits differ by more than the tolerance, or where the best
     tokens differ though PyTorch's two best lie further apart than twice the tolerance.
@@ -63,6 +65,8 @@ def verify(
     rule = length_rule(model) if by_length else None
     whole = () if backend.chunked else (_WHOLE_PROMPT,)
     lengths = _prompt_lengths(windows, rule.edge if rule else None, backend.max_length, whole)
+    if min_prefill > 1:
+        lengths[0] = 1
     paths = []
     with fitting(model, dtype):
         for index, length in enumerate(lengths):
