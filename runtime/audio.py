@@ -27,9 +27,14 @@ def load_audio(file: str | Path, sampling_rate: int) -> np.ndarray:
         with wave.open(str(file), "rb") as sound:
             channels, width, rate = sound.getnchannels(), sound.getsampwidth(), sound.getframerate()
             raw = sound.readframes(sound.getnframes())
+        if not (rate > 0 and width <= 4):
+            raise wave.Error(f"{rate} samples a second of {8 * width} bits")
+    except FileNotFoundError:
+        raise RequestError(f"There is no file {file} (the sound to transcribe).") from None
     except (OSError, EOFError, wave.Error) as error:
         raise RequestError(
-            f"{file} cannot be read as a PCM WAV file ({error}); convert it: ffmpeg -i {file} -ar {sampling_rate} -ac 1 out.wav"
+            f"{file} cannot be read as a PCM WAV file ({str(error) or 'it ends too early'}); convert it: "
+            f"ffmpeg -i {file} -ar {sampling_rate} -ac 1 out.wav"
         ) from None
     samples = _samples(raw[: len(raw) - len(raw) % (width * channels)], width)
     return resample(samples.reshape(-1, channels).mean(axis=1), rate, sampling_rate)

@@ -72,8 +72,11 @@ class EncoderMethods(Loaded):
     def _encoder(self, what: str) -> Encoder:
         self._driver.check_usable()
         if self.encoder is None:
+            seq2seq = self.manifest.seq2seq
+            hears = seq2seq is not None and seq2seq.audio is not None
+            command = "llmx run --audio FILE.wav" if hears else "llmx run"
             raise FamilyError(
-                f"{self.folder} generates text and does not {what}; use `llmx run`, or export an encoder "
+                f"{self.folder} generates text and does not {what}; use `{command}`, or export an encoder "
                 "(`llmx export --task embed` makes an embedding model of a decoder)."
             )
         return self.encoder

@@ -152,14 +152,22 @@ def test_other_rates_are_resampled(tmp_path: Path, rate: int) -> None:
 
 
 def test_bad_sound(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "no.wav").write_bytes(b"RIFFnothing")
+    sound = write_wav(tmp_path / "sound.wav", speech(0.1, 5), 2).read_bytes()
+    bad = {  # of no format, nothing at all, cut within its head, of no samples a second, of 64 bits
+        "no": b"RIFFnothing", "none": b"", "cut": sound[:30], "rate": sound[:24] + bytes(4) + sound[28:],
+        "wide": sound[:32] + bytes([8, 0, 64, 0]) + sound[36:],
+    }  # fmt: skip
+    for name, content in bad.items():
+        (tmp_path / f"{name}.wav").write_bytes(content)
     other = write_wav(tmp_path / "8k.wav", speech(0.1, 5), 2, rate=8000)
     empty = write_wav(tmp_path / "empty.wav", speech(0, 5), 2)
     monkeypatch.setitem(sys.modules, "soxr", None)
     with LLM(package) as llm:
-        for file in (tmp_path / "no.wav", tmp_path / "missing.wav"):
-            with pytest.raises(RequestError, match="ffmpeg"):
-                llm.transcribe(file)
+        for name in bad:
+            with pytest.raises(RequestError, match=r"as a PCM WAV file \(.+\); convert it: ffmpeg"):
+                llm.transcribe(tmp_path / f"{name}.wav")
+        with pytest.raises(RequestError, match="There is no file"):
+            llm.transcribe(tmp_path / "missing.wav")
         with pytest.raises(MissingDependencyError, match=r"8000 samples a second.*llmx\[audio\]"):
             llm.transcribe(other)
         with pytest.raises(RequestError, match="empty"):
@@ -172,6 +180,8 @@ def test_bad_sound(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             llm.transcribe(np.array([np.nan], np.float32))
         with pytest.raises(FamilyError, match="--audio"):
             llm.generate("x")
+        with pytest.raises(FamilyError, match="does not embed; use `llmx run --audio"):
+            llm.embed("x")
         llm.warmup()
 
 
