@@ -265,9 +265,9 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
                 silence = log_mel(np.zeros(1, np.float32), audio) if audio is not None else None
                 self.backend.encode(0, np.zeros(min(16, longest), np.int64) if silence is None else silence)
             count = min(self.prefill_chunk, self.max_length - 1)
-            self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
             if self.backend.chunked:  # few tokens may take another graph
                 self.backend.prefill(0, np.zeros(min(2, count), np.int64), 0, np.zeros(1, np.int64))
+            self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
             self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
             if self.backend.kv_budget is not None:
                 self.backend.free(0)
