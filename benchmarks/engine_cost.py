@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class InstantBackend:
     """A device's backend that computes nothing: random tokens, prepared beforehand, after `pace` seconds of sleep."""
 
     recompute_at: int | None = None
+    kv_budget = None
     chunked = rewinds = stores_state = True
     state_by_length = verifies_batches = False
     prefill_chunk = 2048
@@ -117,19 +119,35 @@ def engine_cost(package: Path, rows: int, options: dict[str, Any], steps: int) -
 # -- over HTTP --------------------------------------------------------------------------------------------------------
 
 
-def serve(package: Path, rows: int, pace: float, port: int) -> None:
-    """The server over an instant backend, in this process."""
+def load_instant(pace: float, folder: Path, device: str, **options: Any) -> Any:
+    """An LLM over an instant backend; also in the engine's process, which finds it by this module's name."""
     from llmx.runtime import llm
-    from llmx.serve import ServeConfig, load_models
-    from llmx.serve.server import bind
-    from llmx.serve.server import serve as run
 
     def open_backend(folder: Path, manifest: Any, max_length: int, slots: int, **_: Any) -> InstantBackend:
         special = frozenset(manifest.tokenizer.eos_token_ids)
         return InstantBackend(slots, max_length or 4096, manifest.model.vocab_size, pace, special)
 
     llm.open_backend = open_backend  # type: ignore[assignment]
-    config = ServeConfig(onnx=[f"model={package}"], port=port, slots=rows, max_length=1024, log_level="warning")
+    return llm.LLM(folder, device, **options)
+
+
+def serve(package: Path, rows: int, pace: float, port: int, in_process: bool) -> None:
+    """The server over an instant backend, in this process."""
+    import engine_cost
+    from llmx.serve import ServeConfig, load_models, models
+    from llmx.serve.server import bind
+    from llmx.serve.server import serve as run
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    models.load_llm = partial(engine_cost.load_instant, pace)  # type: ignore[assignment]
+    config = ServeConfig(
+        onnx=[f"model={package}"],
+        port=port,
+        slots=rows,
+        max_length=1024,
+        log_level="warning",
+        engine_process=in_process,
+    )
     with bind(config) as sock:
         run(load_models(config), config, sock)
 
@@ -150,11 +168,12 @@ def generate_load(port: int, rows: int, tokens: int, rounds: int) -> None:
 
 
 @contextmanager
-def server(package: Path, rows: int, pace: float) -> Iterator[tuple[psutil.Process, int]]:
+def server(package: Path, rows: int, pace: float, in_process: bool) -> Iterator[tuple[psutil.Process, int]]:
     from prefix_cache import free_port
 
     port = free_port()
     options = ["--package", str(package), "--rows", str(rows), "--pace", str(pace), "--port", str(port)]
+    options += ["--engine-process"] if in_process else []
     process = subprocess.Popen([sys.executable, __file__, "--serve", *options])
     try:
         for _ in range(600):
@@ -169,12 +188,15 @@ def server(package: Path, rows: int, pace: float) -> Iterator[tuple[psutil.Proce
         process.wait()
 
 
-def http_cost(package: Path, rows: int, pace: float, tokens: int, rounds: int, repeats: int) -> dict[str, Any]:
-    """CPU microseconds a streamed token, of the server's process and of the load generator's, and tokens a second."""
-    found: dict[str, list[float]] = {"server_us": [], "client_us": [], "tokens_per_s": []}
-    with server(package, rows, pace) as (process, port):
+def http_cost(
+    package: Path, rows: int, pace: float, in_process: bool, tokens: int, rounds: int, repeats: int
+) -> dict[str, Any]:
+    """CPU microseconds a streamed token, of the server's process, the engine's own and the load generator's; tokens a second."""
+    found: dict[str, list[float]] = {"server_us": [], "engine_us": [], "client_us": [], "tokens_per_s": []}
+    with server(package, rows, pace, in_process) as (process, port):
+        engines = process.children()
         for repeat in range(repeats + 1):
-            before = sum(process.cpu_times()[:2])
+            before = [used(process), sum(map(used, engines))]
             options = ["--port", str(port), "--rows", str(rows), "--tokens", str(tokens), "--rounds", str(rounds)]
             done = subprocess.run(
                 [sys.executable, __file__, "--load", *options], capture_output=True, text=True, check=False
@@ -185,10 +207,17 @@ def http_cost(package: Path, rows: int, pace: float, tokens: int, rounds: int, r
             if repeat == 0 or facts["failed"]:
                 continue
             count = facts["total_output_tokens"]
-            found["server_us"].append(1e6 * (sum(process.cpu_times()[:2]) - before) / count)
+            found["server_us"].append(1e6 * (used(process) - before[0]) / count)
+            found["engine_us"].append(1e6 * (sum(map(used, engines)) - before[1]) / count)
             found["client_us"].append(1e6 * facts["cpu_s"] / count)
             found["tokens_per_s"].append(facts["output_throughput"])
     return {key: summary(values) for key, values in found.items()}
+
+
+def used(process: psutil.Process) -> float:
+    """Seconds of CPU so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def main() -> None:
@@ -205,6 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--pace", type=float, default=0.025, help="seconds that a step sleeps over HTTP [default: 0.025]"
     )
+    parser.add_argument("--engine-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
@@ -212,7 +242,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [int(count) for count in args.rows.split(",")]
     if args.serve:
-        return serve(args.package, rows[0], args.pace, args.port)
+        return serve(args.package, rows[0], args.pace, args.port, args.engine_process)
     if args.load:
         return generate_load(args.port, rows[0], args.tokens, args.rounds)
     if not args.package.is_dir():
@@ -232,15 +262,15 @@ def main() -> None:
     if "http" in args.parts:
         shown = []
         for count in [count for count in rows if count > 1]:
-            for pace in (args.pace, 0.0):
-                facts = http_cost(args.package, count, pace, args.tokens, args.rounds, args.repeats)
-                results["http"][f"{count} streams, {1e3 * pace:g} ms a step"] = facts
-                cells = [
-                    spread(facts[key], digits)
-                    for key, digits in (("server_us", 0), ("client_us", 0), ("tokens_per_s", 0))
-                ]
-                shown.append([f"{count} streams, {1e3 * pace:g} ms a step", *cells])
-        columns = ["", "server, µs of CPU a token", "`llmx bench serve`, µs", "tokens/s"]
+            for pace, in_process in ((pace, own) for pace in (args.pace, 0.0) for own in (False, True)):
+                facts = http_cost(args.package, count, pace, in_process, args.tokens, args.rounds, args.repeats)
+                name = f"{count} streams, {1e3 * pace:g} ms a step" + (", engine's own process" if in_process else "")
+                results["http"][name] = facts
+                cells = [spread(facts[key], 0) for key in ("server_us", "client_us", "tokens_per_s")]
+                shown.append([name, cells[0], spread(facts["engine_us"], 1) if in_process else "", *cells[1:]])
+        columns = [
+            "", "server, µs of CPU a token", "engine's process, µs", "`llmx bench serve`, µs", "tokens/s"
+        ]  # fmt: skip
         tables.append(
             {"title": "Streams over HTTP, server and clients on the same CPUs", "columns": columns, "rows": shown}
         )

@@ -20,12 +20,16 @@ Requests = list[tuple[float, list[float]]]  # when each was sent, and when each 
 
 
 @contextmanager
-def http_server(package: Path, device: str, slots: int, length: int) -> Iterator[str]:
+def http_server(
+    package: Path, device: str, slots: int, length: int, engine_process: bool | None = None
+) -> Iterator[str]:
     """`llmx serve` of `package`; its address."""
     from prefix_cache import free_port
 
     port = free_port()
     options = ["--onnx", f"model={package}", "--device", device, "--slots", str(slots), "--max-length", str(length)]
+    if engine_process is not None:
+        options.append("--engine-process" if engine_process else "--no-engine-process")
     command = [sys.executable, "-m", "llmx.cli", "serve", *options, "--port", str(port), "--log-level", "warning"]
     process = subprocess.Popen(command)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--clients", type=positive, default=128)
     parser.add_argument("--loads", default="128:256,512:128,32:512", help="prompt:output tokens, by commas")
     parser.add_argument("--http", action="store_true", help="through `llmx serve`, clients in other processes")
+    parser.add_argument("--engine-process", action=argparse.BooleanOptionalAction, default=None,
+                        help="with --http, as `llmx serve` takes it [default: the server's]")  # fmt: skip
     parser.add_argument("--processes", type=positive, default=8, help="of the clients, with --http [default: 8]")
     parser.add_argument("--device", default="cuda", help="with --http; on a CPU nothing is compared [default: cuda]")
     parser.add_argument("--rounds", type=positive, default=3, help="requests of each client that count [default: 3]")
@@ -136,11 +138,15 @@ def main() -> None:
         print(rows[-1], flush=True)
     columns = ["prompt → output", "tokens/s", "raw", "of raw", "of steps alone", "TTFT p50, ms", "p99", "ITL p50, ms", "p99"]  # fmt: skip
     how = f"over HTTP, from {args.processes} processes" if args.http else "in the process (no HTTP)"
+    if args.http and args.engine_process is not None:
+        how += f", the engine in {'a process of its own' if args.engine_process else 'a thread of the server'}"
     title = f"llmx's engine on a GPU, {args.clients} closed-loop clients {how}"
     print_table(title, columns, rows)
     heading = "Load on a GPU over HTTP" if args.http else "Load on a GPU"
     page = {"title": heading, "section": "CUDA", "tables": [{"title": title, "columns": columns, "rows": rows}]}
     settings = {"clients": args.clients, "rounds": args.rounds, "package": args.package.name}
+    if args.http:
+        settings |= {"processes": args.processes, "engine_process": args.engine_process}
     write_results(
         args.json,
         f"cuda-{'http' if args.http else 'load'}-{args.package.name}",
@@ -178,7 +184,7 @@ def measured(args: argparse.Namespace, loads: list[Any], length: int) -> Iterato
     if args.http:
         from gpu_http import http_load, http_server
 
-        with http_server(args.package, args.device, args.clients, length) as url:
+        with http_server(args.package, args.device, args.clients, length, args.engine_process) as url:
             for prompt, output, temperature in kinds:
                 http_load(url, args.clients, args.processes, 2, prompt, 24, temperature)
                 found = http_load(url, args.clients, args.processes, args.rounds, prompt, output, temperature)

@@ -13,6 +13,7 @@
     │   ├── CheckpointError   the source is not a usable checkpoint
     │   ├── UnsupportedModelError  the architecture holds something that llmx does not express yet
     │   └── VerificationError the written graphs disagree with PyTorch
+    ├── EngineDeadError       the process that ran the model has ended
     └── ClosedError           the object was closed, or belongs to another process
 
 Anything else that escapes is a bug, and its traceback is wanted.
@@ -73,6 +74,10 @@ class UnsupportedModelError(ExportError):
 
 class VerificationError(ExportError):
     """ONNX and PyTorch disagree: the first differing position and the numbers."""
+
+
+class EngineDeadError(LlmxError):
+    """The process that ran the model has ended: killed, out of memory, or by a fault in a driver."""
 
 
 class ClosedError(LlmxError):

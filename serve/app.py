@@ -69,10 +69,7 @@ def create_app(models: Models, config: ServeConfig, tracer: Tracer | None = None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.pump = Pump(asyncio.get_running_loop())
-        for model in models:
-            if model.aio is not None:
-                model.llm.engine.add_waker(app.state.pump.wake)
+        models.start(Pump(asyncio.get_running_loop()))
         try:
             yield
         finally:
@@ -166,7 +163,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 async def health(request: Request) -> Response:
     if all(model.alive for model in request.app.state.models):
         return JSONResponse({"status": "ok"})
-    return ApiError(503, "engine_dead", "The engine's thread has ended; restart the server.").response()
+    return ApiError(503, "engine_dead", "The engine has ended; restart the server.").response()
 
 
 async def ready(request: Request) -> Response:
@@ -180,7 +177,9 @@ async def show_version(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    return PlainTextResponse(request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return PlainTextResponse(
+        await request.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+    )
 
 
 async def list_models(request: Request) -> Response:

@@ -30,7 +30,7 @@ async def respond(
     generation is closed: its slots and its places are free again.
     """
     limit = time.monotonic() + request.app.state.config.request_timeout
-    generation = model.generation(request.app.state.pump, *places)
+    generation = model.generation(*places)
     try:
         async with asyncio.timeout(limit - time.monotonic()):
             if events is None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmx.runtime import StreamPiece
-from llmx.runtime.scheduler import Request, Sequence
+from llmx.runtime.remote import AnyRequest, AnySequence
 from llmx.serve.body import read
 from llmx.serve.common import respond
 from llmx.serve.errors import bad_request
@@ -85,7 +85,7 @@ class Completion:
     def _usage(self, generation: Generation) -> dict[str, Any]:
         return usage(generation.requests, sum(len(r.sequences) for r in generation.requests) if self.silent else 0)
 
-    def _whole(self, index: int, request: Request, sequence: Sequence) -> dict[str, Any]:
+    def _whole(self, index: int, request: AnyRequest, sequence: AnySequence) -> dict[str, Any]:
         text, logprobs = "", None
         if self.body.logprobs is not None:
             legacy = LegacyLogprobs(self.model.llm.tokenizer)
@@ -111,7 +111,7 @@ class Completion:
             choice["prompt_logprobs"] = prompt_logprobs(request)
         return choice
 
-    def _echo(self, request: Request) -> str:
+    def _echo(self, request: AnyRequest) -> str:
         if request.prompt is not None:
             return request.prompt
         return self.model.llm.tokenizer.decode(request.prompt_ids, skip_special_tokens=False)
@@ -164,7 +164,7 @@ class Completion:
 
         return Template(make)
 
-    def _prompt_chunk(self, index: int, request: Request, legacy: LegacyLogprobs) -> dict[str, Any]:
+    def _prompt_chunk(self, index: int, request: AnyRequest, legacy: LegacyLogprobs) -> dict[str, Any]:
         logprobs = None
         if self.body.logprobs is not None:
             logprobs = legacy.add(request.prompt_ids, list(request.prompt_logprobs or []))

@@ -35,6 +35,11 @@ class ServeConfig(BaseModel):
         [], description="A key that clients must send (Authorization: Bearer); several may be given."
     )
     device: str = Field("auto", description="Where to run: auto, cpu or cuda.")
+    engine_process: bool | None = Field(
+        None,
+        description="Run each model's engine in a process of its own, out of the way of the server's Python; "
+        "default: on CUDA.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: the CPUs that the process may use.")
     spin: bool = Field(True, description="Busy-wait within a step; false is slower, and kinder to other processes.")
     max_length: int | None = Field(None, ge=2, description="Positions of a request, prompt and output together.")

@@ -8,6 +8,7 @@ from typing import Any
 from llmx.runtime.errors import (
     ClosedError,
     ContextLengthError,
+    EngineDeadError,
     FamilyError,
     LlmxError,
     MissingDependencyError,
@@ -75,6 +76,8 @@ def api_error(error: BaseException, fields: frozenset[str] = frozenset(), prompt
         return ApiError(
             503, "shutting_down", "The server is shutting down; send it again.", headers={"retry-after": "1"}
         )
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "engine_dead", str(error), headers={"retry-after": "5"})
     if isinstance(error, OutOfMemoryError):
         return ApiError(503, "out_of_memory", str(error), headers={"retry-after": "5"})
     if isinstance(error, MissingDependencyError):

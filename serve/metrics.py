@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from llmx.runtime.engine_stats import EngineStats
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -22,7 +24,8 @@ class Metrics:
 
     def __init__(self, models: Models) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Engines(models))
+        self._engines = _Engines(models)
+        self.registry.register(self._engines)
         self._success = self._counter(
             "request_success", "Requests by how they ended.", ("model_name", "finished_reason")
         )
@@ -85,15 +88,22 @@ class Metrics:
         for key, value in times.items():
             self._seconds[key].labels(name).observe(max(value, 0.0))
 
-    def text(self) -> bytes:
+    async def text(self) -> bytes:
+        await self._engines.ask()
         return generate_latest(self.registry)
 
 
 class _Engines(Collector):
-    """What the engines say of themselves when they are asked."""
+    """What the engines said of themselves when they were last asked."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
+        self._stats: dict[str, EngineStats] = {}
+
+    async def ask(self) -> None:
+        engines = {model.name: model.engine for model in self._models if model.engine is not None}
+        found = await asyncio.gather(*(engine.stats() for engine in engines.values()))
+        self._stats = dict(zip(engines, found, strict=True))
 
     def describe(self) -> Iterable[Any]:
         return []  # nothing is collected at registration
@@ -117,23 +127,15 @@ class _Engines(Collector):
                 ("num_accepted_tokens", "Guesses that stood."),
             )
         ]
-        for model in self._models:
-            if model.llm.encoder is not None:
-                continue
-            held = model.llm.engine.scheduler.pool.held()
-            output.add_metric([model.name], model.llm.engine.num_output_tokens)
-            budget = model.llm.backend.kv_budget
-            positions = model.llm.backend.slots * model.llm.max_length if budget is None else budget.positions
-            running.add_metric([model.name], len(held))
-            waiting.add_metric([model.name], max(0, model.queue.taken - len(held)))
-            usage.add_metric([model.name], sum(s.num_cached for s in held) / positions)
-            preempted.add_metric([model.name], model.llm.engine.scheduler.num_preempted)
-            cache = model.llm.engine.prefix_cache
-            queries.add_metric([model.name], cache.num_queries if cache else 0)
-            hits.add_metric([model.name], cache.num_hits if cache else 0)
-            kept.add_metric([model.name], cache.num_bytes if cache else 0)
-            speculator = model.llm.engine.speculator
-            if speculator is not None:
-                for metric, count in zip(guesses, speculator.counts, strict=True):
-                    metric.add_metric([model.name], count)
+        for name, stats in self._stats.items():
+            output.add_metric([name], stats.num_output_tokens)
+            running.add_metric([name], stats.num_running)
+            waiting.add_metric([name], max(0, self._models.get(name).queue.taken - stats.num_running))
+            usage.add_metric([name], stats.num_cached / stats.num_positions)
+            preempted.add_metric([name], stats.num_preempted)
+            queries.add_metric([name], stats.num_prefix_queries)
+            hits.add_metric([name], stats.num_prefix_hits)
+            kept.add_metric([name], stats.prefix_bytes)
+            for metric, count in zip(guesses, stats.speculation or (), strict=False):
+                metric.add_metric([name], count)
         return [running, waiting, usage, preempted, queries, hits, kept, output, *guesses]

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmx.runtime import LLM, AsyncLLM, LlmxError, RequestError, SamplingParams, Speculation, StreamPiece, load_manifest
 from llmx.runtime.encoder import Check
+from llmx.runtime.engine_process import load_llm
 from llmx.runtime.hub import resolve_package
+from llmx.runtime.manifest import Manifest
 from llmx.runtime.pump import Mailbox, Pump
-from llmx.runtime.scheduler import Request
+from llmx.runtime.remote import AnyRequest, RemoteLLM
 from llmx.serve.config import ServeConfig
+from llmx.serve.engines import Engine, ProcessEngine, ThreadEngine
 from llmx.serve.errors import ApiError, bad_request, busy
 from llmx.serve.sse import ClientGoneError
 
@@ -60,17 +66,19 @@ class Model:
     """A package under its name. `run` serves an encoder, `generate` a model that writes."""
 
     name: str
-    llm: LLM
+    llm: LLM | RemoteLLM
     queue: Queue
     created: int = field(default_factory=lambda: int(time.time()))
     chat_options: dict[str, Any] = field(default_factory=dict)  # of `LLM.chat_request`, for every conversation
-    aio: AsyncLLM | None = None
+    engine: Engine | None = None  # of a model that writes
     _prepare: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "llmx-prepare"))
     _encode: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llmx-encode"))
 
     def __post_init__(self) -> None:
-        if self.llm.encoder is None:
-            self.aio = AsyncLLM(llm=self.llm)
+        if isinstance(self.llm, RemoteLLM):
+            self.engine = ProcessEngine(self.llm)
+        elif self.llm.encoder is None:
+            self.engine = ThreadEngine(AsyncLLM(llm=self.llm))
 
     async def off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run `work` in a thread: tokenizers and templates take milliseconds on long texts."""
@@ -93,21 +101,22 @@ class Model:
             left.set()
             self.queue.give_back(1)
 
-    def generation(self, pump: Pump, places: int, param: str) -> Generation:
+    def generation(self, places: int, param: str) -> Generation:
         """A place for a request that asks for `places` continuations; raises ApiError where there is none."""
-        if self.aio is None:
+        if self.engine is None:
             self.llm.need_generation()
         self.queue.take(places, param)
-        return Generation(self, pump, places)
+        assert self.engine is not None
+        return Generation(self, self.engine, places)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that steps the engine runs."""
-        return self.aio is None or self.aio.alive
+        """Whether the engine takes steps."""
+        return self.engine is None or self.engine.alive
 
     async def aclose(self) -> None:
-        if self.aio is not None:
-            await self.aio.aclose()
+        if self.engine is not None:
+            await self.engine.aclose()
         else:
             await asyncio.to_thread(self.llm.close)
         self._prepare.shutdown(wait=False, cancel_futures=True)
@@ -117,9 +126,9 @@ class Model:
 class Generation:
     """One API request on an engine: its prompts' requests and their pieces. `close` ends whatever still runs."""
 
-    def __init__(self, model: Model, pump: Pump, places: int) -> None:
-        self.model, self._pump, self._places = model, pump, places
-        self.requests: list[Request] = []
+    def __init__(self, model: Model, engine: Engine, places: int) -> None:
+        self.model, self._engine, self._places = model, engine, places
+        self.requests: Seq[AnyRequest] = []
         self._mailbox = Mailbox()
         self.whole = False  # whether nothing but the end of each continuation is waited for; set before `start`
         self._timer: asyncio.TimerHandle | None = None
@@ -129,21 +138,24 @@ class Generation:
     async def start(self, prepare: Callable[[], Wanted]) -> None:
         """Run `prepare` and submit what it returns, in a thread. Raises what they raise."""
         await self.model.off_loop(self._submit, prepare)
+        try:
+            await self._engine.confirm(self.requests)
+        except Exception:  # refused; of a client that leaves meanwhile `close` ends them
+            self.requests = []
+            raise
 
     def _submit(self, prepare: Callable[[], Wanted]) -> None:
-        aio = self.model.aio
-        assert aio is not None
         wanted = prepare()
         with self._lock:
             if self._closed:
                 return
             entries = [(prompt, params, self._receiver(index)) for index, (prompt, params) in enumerate(wanted)]
-            self.requests = aio.submit(entries)
+            self.requests = self._engine.submit(entries)
 
     def _receiver(self, index: int) -> Callable[[StreamPiece], None]:
         def receive(piece: StreamPiece) -> None:
             if piece.finish_reason is not None or not self.whole:
-                self._pump.put(self._mailbox, (index, piece))
+                self._engine.put(self._mailbox, (index, piece))
 
         return receive
 
@@ -180,7 +192,7 @@ class Generation:
         self.model.queue.give_back(self._places)
         for request in requests:
             if not request.finished:
-                self.model.llm.engine.cancel(request)
+                self._engine.cancel(request)
 
     def __enter__(self) -> Generation:
         return self
@@ -218,6 +230,14 @@ class Models:
 
     def __init__(self, models: list[Model]) -> None:
         self._models = {model.name: model for model in models}
+        #: Called in the event loop where an engine has ended unasked.
+        self.died: Callable[[], None] = lambda: None
+
+    def start(self, pump: Pump) -> None:
+        """In the event loop that serves them."""
+        for model in self:
+            if model.engine is not None:
+                model.engine.start(pump, lambda: self.died())
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -252,8 +272,8 @@ def load_models(config: ServeConfig) -> Models:
                 raise RequestError(
                     f"Two packages are named {name!r}; give one of them another name: --onnx NAME={path}."
                 )
-            llm = loaded.enter_context(_load(path, config))
-            llm.warmup()
+            llm = _open(path, config)
+            loaded.callback(llm.close)
             slots = config.slots if llm.encoder is None else 1
             model = Model(name, llm, Queue(slots, config.max_queue))
             models.append(model)
@@ -263,23 +283,31 @@ def load_models(config: ServeConfig) -> Models:
     return Models(models)
 
 
-def _load(path: str, config: ServeConfig) -> LLM:
+def _open(path: str, config: ServeConfig) -> LLM | RemoteLLM:
+    """Raises LlmxError subclasses that name the package."""
+    options: dict[str, Any] = {
+        "max_length": config.max_length, "slots": config.slots, "threads": config.threads, "spin": config.spin,
+        "prefill_chunk": config.prefill_chunk, "prefix_cache_bytes": int(config.prefix_cache * 1e6),
+        "kv_cache_memory_bytes": None if config.kv_cache_memory is None else int(config.kv_cache_memory * 1e6),
+        "speculative": _speculation(path, config),
+    }  # fmt: skip
     try:
-        return LLM(
-            path,
-            config.device,
-            max_length=config.max_length,
-            slots=config.slots,
-            threads=config.threads,
-            spin=config.spin,
-            prefill_chunk=config.prefill_chunk,
-            prefix_cache_bytes=int(config.prefix_cache * 1e6),
-            kv_cache_memory_bytes=None if config.kv_cache_memory is None else int(config.kv_cache_memory * 1e6),
-            speculative=_speculation(path, config),
-        )
+        folder = resolve_package(path, None)
+        load = partial(load_llm, folder, config.device, **options)
+        return RemoteLLM(folder, load) if _in_process(load_manifest(folder), config) else load()
     except LlmxError as error:
         error.args = (f"{path}: {error}" if path not in str(error) else str(error),)
         raise
+
+
+def _in_process(manifest: Manifest, config: ServeConfig) -> bool:
+    """Whether a package's engine gets a process of its own. Encoders take no steps, and stay. Raises RequestError."""
+    if manifest.family == "encoder" or config.engine_process is False:
+        return False
+    if config.engine_process and not hasattr(socket, "AF_UNIX"):
+        raise RequestError("--engine-process needs a Unix system; leave it out here.")
+    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and manifest.target == "cuda")
+    return bool(config.engine_process or (on_gpu and hasattr(socket, "AF_UNIX")))
 
 
 def _speculation(path: str, config: ServeConfig) -> Speculation | None:
@@ -295,7 +323,7 @@ def _speculation(path: str, config: ServeConfig) -> Speculation | None:
     return Speculation(config.draft, config.prompt_lookup, config.num_speculative_tokens)
 
 
-def _chat_options(llm: LLM, config: ServeConfig) -> dict[str, Any]:
+def _chat_options(llm: LLM | RemoteLLM, config: ServeConfig) -> dict[str, Any]:
     """Raises RequestError for a template that cannot be read, or a format that there is not."""
     template = config.chat_template
     if template is not None and Path(template).is_file():

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llmx.runtime import LLM
 from llmx.runtime.conversation import ChatRequest
+from llmx.runtime.tokenizer import Tokenizer
 from llmx.serve.errors import bad_request
 from llmx.serve.models import Model
 from llmx.serve.protocol import Message, Tool
@@ -72,7 +72,7 @@ def chat_request(
     reserved = RESERVED & set(variables or {})
     if reserved:
         raise bad_request(f"chat_template_kwargs must not hold {sorted(reserved)[0]}.", "chat_template_kwargs")
-    guard = Guard(model.llm)
+    guard = Guard(model.llm.tokenizer)
     plain_tools = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
     chosen = {**model.chat_options, **options, **(variables or {})}
     request = model.llm.chat_request(guard.hide(plain_messages(messages)), tools=guard.hide(plain_tools), **chosen)
@@ -82,8 +82,8 @@ def chat_request(
 class Guard:
     """Hides special tokens in what users wrote behind markers, and encodes a text with such markers."""
 
-    def __init__(self, llm: LLM) -> None:
-        self._tokenizer = llm.tokenizer
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         spellings = sorted((self._tokenizer.token(i) for i in self._tokenizer.special_ids), key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(s) for s in spellings if s) or r"(?!)")
         self._mark = f"\ue000{secrets.token_hex(8)}:"  # nobody can write it beforehand

@@ -10,7 +10,7 @@ from types import FrameType
 
 import h11
 import uvicorn
-from llmx.runtime.errors import MachineError
+from llmx.runtime.errors import EngineDeadError, MachineError
 from llmx.serve.app import create_app
 from llmx.serve.config import ServeConfig
 from llmx.serve.logs import configure, log
@@ -69,11 +69,20 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, models: Models) -> None:
         super().__init__(config)
         self._models = models
+        models.died = self._engine_died
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._refuse()
+        super().handle_exit(sig, frame)
+
+    def _refuse(self) -> None:
         for model in self._models:
             model.queue.closed = True
-        super().handle_exit(sig, frame)
+
+    def _engine_died(self) -> None:
+        """There is nothing to go on with: other models' requests may end, then whoever supervises this starts it again."""
+        self._refuse()
+        self.should_exit = True
 
 
 def uvicorn_config(app: ASGIApp, config: ServeConfig) -> uvicorn.Config:
@@ -114,11 +123,22 @@ def bind(config: ServeConfig) -> socket.socket:
 
 
 def serve(models: Models, config: ServeConfig, sock: socket.socket) -> None:
-    """Serve at `bind`'s socket until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end."""
+    """Serve at `bind`'s socket until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end.
+
+    Raises EngineDeadError where an engine's process ended instead.
+    """
     configure(config.log_format, config.log_level)
     server = Server(uvicorn_config(create_app(models, config), config), models)
     # What is there now stays. Left out of collections, it neither makes them long, which stalls streams, nor rare.
     gc.collect()
     gc.freeze()
-    log(logging.INFO, "serving", models=[model.name for model in models], host=config.host, port=sock.getsockname()[1])
+    names = [model.name for model in models]
+    pids = {
+        model.name: model.engine.pid for model in models if model.engine is not None and model.engine.pid is not None
+    }
+    more = {"engine_pids": pids} if pids else {}
+    log(logging.INFO, "serving", models=names, host=config.host, port=sock.getsockname()[1], **more)
     server.run(sockets=[sock])
+    for model in models:
+        if model.engine is not None and model.engine.died:
+            raise EngineDeadError(f"{model.name}: {model.engine.how_it_ended()}; start the server again.")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from llmx.runtime import Logprob
 from llmx.runtime.outputs import TokenLogprobs
-from llmx.runtime.scheduler import Request
+from llmx.runtime.remote import AnyRequest
 from llmx.runtime.tokenizer import Tokenizer
 
 
@@ -88,7 +89,7 @@ class LegacyLogprobs:
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
-def prompt_logprobs(request: Request) -> list[dict[str, Any] | None] | None:
+def prompt_logprobs(request: AnyRequest) -> list[dict[str, Any] | None] | None:
     """vLLM's `prompt_logprobs`: token id -> log-probability, rank and text, for each prompt token but the first."""
     if request.params.prompt_logprobs is None or request.prompt_logprobs is None:
         return None
@@ -103,7 +104,7 @@ def prompt_logprobs(request: Request) -> list[dict[str, Any] | None] | None:
     ]
 
 
-def usage(requests: list[Request], hidden: int = 0) -> dict[str, Any]:
+def usage(requests: Sequence[AnyRequest], hidden: int = 0) -> dict[str, Any]:
     """Token counts of an answer; `hidden` tokens were generated and not shown. Guesses of speculative decoding are told as
     OpenAI tells those of its predicted outputs.
     """
@@ -122,7 +123,7 @@ def usage(requests: list[Request], hidden: int = 0) -> dict[str, Any]:
     }
 
 
-def _num_output(request: Request) -> int:
+def _num_output(request: AnyRequest) -> int:
     """Tokens that an answer counts: with `best_of` those of all outputs that were drawn, as OpenAI counts them."""
     if request.params.num_samples > request.params.n:
         return request.metrics.num_output_tokens

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 from click.testing import CliRunner
-from harness import Running, running
+from harness import Running, process, running, until
 from llmx.cli.serve import read_config
 from llmx.runtime import LLM, RequestError, SamplingParams
 from llmx.serve import ServeConfig, load_models
@@ -31,13 +27,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Serving = Callable[..., Running]
 LONG = {"prompt": "ROMEO:", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come about"
-        time.sleep(0.002)
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------
@@ -328,9 +317,10 @@ def test_small_writes_go_out_at_once(served: Running) -> None:
     assert done.wait(10) and found and all(found)
 
 
-def test_what_memory_does_not_hold_waits_and_says_the_same(serving: Serving) -> None:
+@pytest.mark.parametrize("engine_process", [False, True])
+def test_what_memory_does_not_hold_waits_and_says_the_same(serving: Serving, engine_process: bool) -> None:
     """Ten blocks of 32 positions for three requests of some 200 each: the younger ones are preempted."""
-    server = serving(slots=3, max_length=256, kv_cache_memory=0.9, prefix_cache=0)
+    server = serving(slots=3, max_length=256, kv_cache_memory=0.9, prefix_cache=0, engine_process=engine_process)
     bodies = [
         {"prompt": f"ROMEO {i}:", "max_tokens": 200, "temperature": 0.8, "seed": i, "ignore_eos": True}
         for i in range(3)
@@ -384,14 +374,17 @@ def test_metrics_have_vllms_names(serving: Serving) -> None:
         assert (f"vllm:{name}", None) in samples, name
 
 
-def test_traces(demo: Path) -> None:
+@pytest.mark.parametrize("engine_process", [False, True])
+def test_traces(demo: Path, engine_process: bool) -> None:
     """A span for each request, in the caller's trace, with its phases inside; no text in them."""
     from llmx.serve.otel import Tracer
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     exporter = InMemorySpanExporter()
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with running(ServeConfig(onnx=[f"demo={demo}"]), tracer=Tracer(exporter=exporter)) as server:
+    with running(
+        ServeConfig(onnx=[f"demo={demo}"], engine_process=engine_process), tracer=Tracer(exporter=exporter)
+    ) as server:
         body = {"prompt": "ROMEO: private", "max_tokens": 4, "stream": True}
         server.post("/v1/completions", body, headers={"traceparent": parent})
         server.post("/v1/completions", {**body, "model": "other"})
@@ -520,29 +513,6 @@ def test_an_address_that_is_taken_is_said_before_anything_is_loaded() -> None:
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process(demo: Path, port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "llmx.cli", "serve", "--onnx", f"demo={demo}", "--port", str(port), *options]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    try:
-        wait_for(port, server)
-        yield server
-    finally:
-        server.kill()
-        server.communicate()
-
-
-def wait_for(port: int, server: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            assert httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5).status_code == 200
-            return
-        except httpx.TransportError:
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 def free_port() -> int:

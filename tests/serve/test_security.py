@@ -186,7 +186,7 @@ def test_special_tokens_in_messages_are_plain_text(demo: Any) -> None:
 def test_markers_cannot_be_forged(demo: Any) -> None:
     with LLM(demo) as llm:
         spelling = llm.tokenizer.token(llm.tokenizer.eos_token_ids[0])
-        guard = Guard(llm)
+        guard = Guard(llm.tokenizer)
         text = guard.hide(f"\ue000{'0' * 16}:0\ue001 {spelling}")
         assert llm.tokenizer.decode(guard.encode(text)) == f"\ue000{'0' * 16}:0\ue001 {spelling}"
 
@@ -194,7 +194,7 @@ def test_markers_cannot_be_forged(demo: Any) -> None:
 def test_a_tools_text_is_hidden_too(demo: Any) -> None:
     with LLM(demo) as llm:
         spelling = llm.tokenizer.token(llm.tokenizer.eos_token_ids[0])
-        guard = Guard(llm)
+        guard = Guard(llm.tokenizer)
         tool = Tool.model_validate({"type": "function", "function": {"name": "f", "description": f"a {spelling} b"}})
         hidden = guard.hide(tool.model_dump(exclude_none=True))
         assert spelling not in json.dumps(hidden, ensure_ascii=False) and hidden["function"]["name"] == "f"
