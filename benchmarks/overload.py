@@ -1,7 +1,9 @@
 """A server at its capacity, and at ten times that: what is accepted keeps its latency, the rest is refused at once.
 
 Examples:
-    python benchmarks/overload.py --shape smollm2-135m --dtype fp32
+    python benchmarks/overload.py --dtype fp32
+    python benchmarks/overload.py --dtype int4 --slots 8 --queue 64
+    python benchmarks/overload.py --package artifacts/demo --seconds 5
 
 First as many clients as the server has slots and places in the queue, each sending its next request when it has its
 answer: the latency at capacity, and the requests a second that the server serves. Then requests arrive at ten times that
@@ -24,6 +26,7 @@ from common import (
     add_model_arguments,
     add_peers_argument,
     checkpoint_for,
+    fail,
     machine,
     make_parser,
     positive,
@@ -41,6 +44,20 @@ REFUSED_WITHIN = 0.1
 def percentile(values: list[float], part: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))] if ordered else 0.0
+
+
+async def ready(url: str, server: asyncio.subprocess.Process) -> None:
+    """Return once the server answers; exits where it has ended instead."""
+    async with httpx.AsyncClient(base_url=url, timeout=5) as client:
+        for _ in range(600):
+            if server.returncode is not None:
+                break
+            try:
+                await client.get("/ready")
+                return
+            except httpx.TransportError:
+                await asyncio.sleep(0.2)
+    fail("llmx serve did not start.")
 
 
 class Load:
@@ -126,18 +143,14 @@ async def measure(args: argparse.Namespace, package: str) -> dict[str, Any]:
     server = await asyncio.create_subprocess_exec(*command, *options, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}"
     try:
-        warm = Load(url, args)
-        for _ in range(600):
-            try:
-                await warm.one()
-                break
-            except httpx.TransportError:
-                await asyncio.sleep(0.2)
+        await ready(url, server)
+        await Load(url, args).one()
         at, over = Load(url, args), Load(url, args)
         capacity = await at.closed(args.slots + args.queue, args.seconds)
         await over.opened(FACTOR * capacity, args.seconds)
     finally:
-        server.terminate()
+        if server.returncode is None:
+            server.terminate()
         await server.wait()
     return {"capacity_per_s": round(capacity, 2), "at capacity": facts(at), f"{FACTOR} x capacity": facts(over)}
 
@@ -153,6 +166,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=32, help="tokens of an answer [default: 32]")
     parser.add_argument("--seconds", type=positive, default=30, help="each of the two phases [default: 30]")
     args = parser.parse_args()
+    if args.package is not None and not (args.package / "llmx.json").is_file():
+        fail(f"{args.package} is no package; export one, or leave --package out.")
     started = machine()
     package = args.package or model_for(parse_peer("llmx", args.dtype), checkpoint_for(args), args.work, args.peers_dir)
     results = asyncio.run(measure(args, str(package)))

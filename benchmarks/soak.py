@@ -6,8 +6,9 @@ Examples:
 Workers send completions and chats, whole and streamed, leave in the middle, send malformed bodies, and run curl readers
 that are stopped (SIGSTOP) for a while, and killed or let go on. Every completed greedy output is compared with the one
 that the prompt gets alone. Each second /health must answer 200; every five seconds the server's memory is noted. At the
-end no slot and no place is taken. The slope is a least-squares line through the second half's memory, without the prefix
-cache's, which grows up to its bound for as long as new prompts come (a changed byte of a body makes one).
+end no slot and no place is taken. The prefix cache is filled with other prompts before the traffic begins: it would grow up to
+its bound for as long as new prompts come (a changed byte of a body makes one). Slopes are least-squares lines through the
+server's private memory, in MiB an hour: from the second minute on, and of the second half.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import httpx
 import numpy as np
 from common import fail, machine, make_parser, memory_fields, positive, versions, write_results
+from overload import ready
 from prefix_cache import free_port
 
 MIB = 1 << 20
@@ -194,9 +196,23 @@ class Soak:
             self._check(path + " stopped", "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in chunks), expected)  # fmt: skip
 
 
+async def fill(url: str, generator: random.Random, most: int = 1000) -> tuple[int, float]:
+    """Send new prompts until the prefix cache no longer grows; how many, and the bytes that it holds."""
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        kept = -1.0
+        for count in range(most):
+            before, kept = kept, gauges((await client.get("/metrics")).text)["prefix_cache_bytes"]
+            if kept == before:
+                return count, kept
+            prompt = [generator.randrange(5, 500) for _ in range(300)]
+            answer = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+            answer.raise_for_status()
+    fail(f"The prefix cache still grows after {most} prompts ({kept / 1e6:.1f} MB); lower --prefix-cache.")
+
+
 def slope(samples: list[tuple[float, int, float]], begin: float) -> float:
-    """MiB an hour of a least-squares line through the memory, that of kept prefixes left out, from `begin` (s) on."""
-    late = [(t / 3600, (memory - kept) / MIB) for t, memory, kept in samples if t > begin]
+    """MiB an hour of a least-squares line through the memory from `begin` (s) on."""
+    late = [(t / 3600, memory / MIB) for t, memory, _ in samples if t > begin]
     return float(np.polyfit([t for t, _ in late], [m for _, m in late], 1)[0]) if len(late) > 2 else 0.0
 
 
@@ -250,6 +266,7 @@ async def run(args: argparse.Namespace, url: str, pid: int, cases: list[Case]) -
         "left": {k: left[k] for k in ("num_requests_running", "num_requests_waiting")},
         "prefix_cache": {k: left[f"prefix_cache_{k}_total"] for k in ("queries", "hits")},
         "memory_mib": [(round(t), round(m / MIB, 1), round(kept / MIB, 1)) for t, m, kept in samples],
+        "slope_since_full_mib_per_hour": round(slope(samples, min(60, length / 2)), 2),
         "slope_mib_per_hour": round(slope(samples, length / 2), 2),
         "slopes_of_thirds": [round(value, 2) for value in thirds],
     }
@@ -264,7 +281,7 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, default=16, help="clients at the same time [default: 16]")
     parser.add_argument("--cases", type=positive, default=60, help="different requests [default: 60]")
     parser.add_argument(
-        "--prefix-cache", type=float, default=4, help="its bound in MB: less than the prompts' [default: 4]"
+        "--prefix-cache", type=float, default=4, help="its bound in MB, filled at the start [default: 4]"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="store_true", help="end at the first thing that is wrong")
@@ -284,9 +301,10 @@ def main() -> None:
         f"{checked:,}",
         str(results["num_wrong"]),
         f"{first} → {last}",
+        str(results["slope_since_full_mib_per_hour"]),
         str(results["slope_mib_per_hour"]),
     ]
-    columns = ["minutes", "outputs compared", "wrong", "private memory (of it prefixes) after a minute → at the end, MiB", "slope without prefixes, MiB/h"]  # fmt: skip
+    columns = ["minutes", "outputs compared", "wrong", "private memory (of it prefixes) after a minute → at the end, MiB", "slope after a minute, MiB/h", "slope of the second half"]  # fmt: skip
     table = {
         "title": f"mixed traffic, {args.workers} clients, {Path(args.package).name}",
         "columns": columns,
@@ -313,18 +331,15 @@ async def serve_and_run(args: argparse.Namespace, cases: list[Case]) -> dict[str
     server = await asyncio.create_subprocess_exec(*command, *options, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}"
     try:
-        async with httpx.AsyncClient() as client:
-            for _ in range(300):
-                try:
-                    await client.get(url + "/ready")
-                    break
-                except httpx.TransportError:
-                    await asyncio.sleep(0.2)
+        await ready(url, server)
+        filled = await fill(url, random.Random(args.seed))
         results = await run(args, url, server.pid, cases)
+        results["filled"] = {"prompts": filled[0], "bytes": filled[1]}
         results["server_alive"] = server.returncode is None
         return results
     finally:
-        server.terminate()
+        if server.returncode is None:
+            server.terminate()
         await server.wait()
 
 

@@ -250,9 +250,10 @@ class Engine:
                 self.output.fail(request, error)
 
     def _execute(self, plan: Plan) -> None:
-        for sequence, slot in plan.preempted:
-            give_up(sequence, slot, self.prefix_cache)
-        self._free_slots()
+        if self.scheduler.room is not None:
+            for sequence, slot in plan.preempted:
+                give_up(sequence, slot, self.prefix_cache)
+            self._free_slots()
         forked = [sequence for _, sequence in plan.forks]
         for sequence, slot in plan.moves:
             assert sequence.slot is not None

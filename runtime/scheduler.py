@@ -282,8 +282,10 @@ class Scheduler:
         """Decide the next step. Slots change hands here (with `admit=False` none is given); state moves when the engine
         executes the plan.
         """
-        preempted = [] if self.room is None or self.room.left(self.pool.held()) >= 0 else self._preempt()
         forks: list[tuple[Sequence, Sequence]] = []
+        preempted: list[tuple[Sequence, int]] = []
+        if self.room is not None and self.room.left(self.pool.held()) < 0:
+            preempted = self._preempt()
         for sequence in list(self.waiting) if admit and self.pool.num_free and not preempted else []:
             if any(s.slot is not None and s.prefilling for s in sequence.request.sequences):
                 continue  # its sibling is computing the state that this one will copy

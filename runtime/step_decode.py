@@ -71,9 +71,10 @@ class DecodeStage:
         active[batch.slots] = True
         temperatures = np.zeros(rows, np.float32)
         temperatures[batch.slots] = batch.asks
-        for sequence in known:
-            tokens[sequence.slot], active[sequence.slot] = sequence.tokens[sequence.num_cached], True
-        lengths = self._lengths(rows, [*sequences, *known])
+        if known:
+            for sequence in known:
+                tokens[sequence.slot], active[sequence.slot] = sequence.tokens[sequence.num_cached], True
+        lengths = self._lengths(rows, [*sequences, *known] if known else sequences)
         with span("decode"):
             if batch.histories:
                 with self.masks.during(batch.histories):
