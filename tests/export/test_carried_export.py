@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,16 +49,18 @@ def test_a_model_whose_steps_say_something_else_is_refused(
 
 
 def test_prompts_too_short_for_the_prefill_graph_are_compared(
-    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[[str], Path],
+    package: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They go through the decode graph from the state before the first token, which nothing else reads."""
     from llmx.runtime.carried import CarriedBackend
 
-    options = ExportOptions(str(checkpoint("mamba2")), tmp_path / "package")
-    assert export_model(options).manifest.model.min_prefill > 1
+    assert load_manifest(package("mamba2")).model.min_prefill > 1
     empty = CarriedBackend._empty
     monkeypatch.setattr(
         CarriedBackend, "_empty", lambda backend: [type(v).ortvalue_from_numpy(v.numpy() + 1) for v in empty(backend)]
     )
     with pytest.raises(VerificationError, match="row 0, prefill position 0"):
-        export_model(replace(options, output=tmp_path / "other"))
+        export_model(ExportOptions(str(checkpoint("mamba2")), tmp_path / "package"))
