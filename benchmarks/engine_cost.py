@@ -44,7 +44,6 @@ class InstantBackend:
     recompute_at: int | None = None
     kv_budget = None
     chunked = rewinds = stores_state = True
-    kv_budget = None
     state_by_length = verifies_batches = False
     prefill_chunk = 2048
     last_hidden: np.ndarray | None = None
