@@ -56,7 +56,9 @@ from llmx.runtime.units import human_bytes
 @click.option(
     "--quantize-prompts",
     type=click.Choice(["auto", "int8", "same"]),
-    help="Prompts multiply with an int8 copy of the layers (a byte a weight), or with the same weights as decoding [default: auto].",
+    default="auto",
+    show_default=True,
+    help="Prompts of a quantized package multiply with an int8 copy of the layers (a byte a weight), or with the same weights as decoding.",
 )
 @click.option(
     "--calibration-file",
@@ -177,7 +179,6 @@ def _quantization(options: dict[str, Any]) -> Any:
         "method": options.pop("quantize_method"),
         "calibration_file": options.pop("calibration_file"),
         "quality_file": options.pop("quality_file"),
-        "prompts": options.pop("quantize_prompts"),
     }
     given = {name: value for name, value in given.items() if value is not None}
     if weights is None and given:

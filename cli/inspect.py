@@ -142,8 +142,9 @@ def _quantized(facts: dict[str, Any]) -> str:
     head = (
         f"{facts['head_bits']} bits in head and embedding" if facts["head_bits"] else "head and embedding as they are"
     )
+    copy = ", and an int8 copy of the layers for prompts" if facts.get("prompts") == "int8" else ""
     kind = "symmetric" if facts["symmetric"] else "asymmetric"
     return (
         f"{facts['matrices']} matrices of {facts['parameters']:,} values to {facts['bits']} bits in {kind} blocks of "
-        f"{facts['block_size']} ({facts['method']}), {head}; {human_bytes(facts['bytes'])}"
+        f"{facts['block_size']} ({facts['method']}), {head}; {human_bytes(facts['bytes'])}{copy}"
     )

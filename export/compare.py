@@ -17,8 +17,9 @@ from llmx.export.agreement import greedy_params, token_agreement
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
 from llmx.export.compare_encoders import compare_encoder
 from llmx.export.compare_seq2seq import compare_seq2seq
-from llmx.export.dequantized import check_integer_forms, exact_copy, quantized_matrices, use_package_weights
+from llmx.export.dequantized import exact_copy, quantized_matrices, use_package_weights
 from llmx.export.differences import Differences, Spot
+from llmx.export.integer_check import check_prompts
 from llmx.export.pair import LENGTHS, CompareOptions, Pair, Report, Stage
 from llmx.export.perplexity import perplexity, text_ids, window_length
 from llmx.export.rope import length_rule
@@ -81,7 +82,6 @@ def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Repor
     try:
         matrices = quantized_matrices(pair.folder, pair.manifest)
         use_package_weights(pair.model, matrices)
-        check_integer_forms(pair.folder, pair.manifest, matrices)
     except VerificationError as error:
         pair.fail(report, str(error))
         return report
@@ -91,6 +91,12 @@ def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Repor
     report.graph = checked.outputs
     report.passed, report.reason = checked.passed, checked.reason
     report.layer, report.parting = checked.layer, checked.parting
+    if checked.passed and "append" in pair.manifest.graphs:
+        stage("Comparing prompts with PyTorch")
+        try:
+            check_prompts(pair.folder, pair.manifest, pair.model, matrices)
+        except VerificationError as error:
+            pair.fail(report, str(error))
     return report
 
 

@@ -73,40 +73,8 @@ def quantized_matrices(folder: Path, manifest: Manifest) -> dict[str, StoredMatr
                 assert codes is not None and codes.name is not None
                 names = codes.name.rpartition(".")[0].split("+")
                 name = "+".join(part.removeprefix(PREFIX) for part in names)
-                found.setdefault(name, _stored(node, _array(codes), _array(scales), _array(zero_points)))
+                found.setdefault(name, _stored(node, array_of(codes), array_of(scales), array_of(zero_points)))
     return found
-
-
-def check_integer_forms(folder: Path, manifest: Manifest, matrices: dict[str, StoredMatrix]) -> None:
-    """Raises VerificationError where the second, integer form of a matrix, by which prompts are computed
-    (llmx.export.integer_products), does not lie near its first.
-    """
-    forms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for node in ir.load(folder / manifest.graphs["prefill"].file).graph if "append" in manifest.graphs else ():
-        codes = node.inputs[1] if node.op_type == "MatMulIntegerToFloat" else None
-        if codes is not None and codes.name is not None:
-            integers, scales = _array(codes), _array(node.inputs[3])
-            assert integers is not None and scales is not None
-            forms[codes.name.removesuffix(".int8")] = (integers, scales)
-    at = {name: index for joined in matrices for index, name in enumerate(joined.split("+"))}
-    for joined, matrix in matrices.items():
-        names, first = joined.split("+"), 0
-        for name in sorted((n for n in forms if set(n.split("+")) <= set(names)), key=lambda n: at[n.split("+")[0]]):
-            integers, scales = forms.pop(name)
-            difference = norm = 0.0
-            for start, rows in matrix.rows(first, len(scales)):
-                part = slice(start, start + len(rows))
-                other = torch.from_numpy(integers[:, part].T.astype(np.float32) * scales[part, None].astype(np.float32))
-                difference += float((rows - other).double().square().sum())
-                norm += float(rows.double().square().sum())
-            first += len(scales)
-            if not difference**0.5 <= _LARGEST_ERROR[8] * norm**0.5:
-                raise VerificationError(
-                    f"The int8 form of {name}, by which prompts are computed, is not the matrix: they lie "
-                    f"{(difference / max(norm, 1e-30)) ** 0.5:.2g} of its norm apart (at most {_LARGEST_ERROR[8]:g} is rounding)."
-                )
-    if forms:
-        raise VerificationError(f"{next(iter(forms))} has an int8 form and no other in the package.")
 
 
 def _stored(
@@ -123,7 +91,7 @@ def _stored(
     return StoredMatrix(scheme, (rows, columns), flat[0], flat[1], flat[2])
 
 
-def _array(value: ir.Value | None) -> np.ndarray | None:
+def array_of(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
@@ -179,9 +147,11 @@ def _overwrite(owner: Any, part: str, target: torch.Tensor, matrix: StoredMatrix
 
 
 @contextmanager
-def exact_copy(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest]]:
+def exact_copy(folder: Path, manifest: Manifest, prompts: bool = False) -> Iterator[tuple[Path, Manifest]]:
     """A package meanwhile, of the same weights file, whose graphs leave activations as they are; with its manifest.
 
+    Prompts by integer products have another form of the weights: the graph that theirs came from stands for them, but where
+    `prompts` asks for theirs.
     onnx-ir reads no file of several names, which the weights file has meanwhile.
     """
     with _folder_for(folder) as copy:
@@ -190,8 +160,8 @@ def exact_copy(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifes
             if not any(graph.file == name for graph in manifest.graphs.values()):
                 _link(folder / name, copy / name)
         for name, graph in manifest.graphs.items():
-            # prompts by integer products have another form of the weights: the graph that they came from stands for them
-            exact_graph = manifest.graphs["append"] if name == "prefill" and "append" in manifest.graphs else graph
+            stands = name == "prefill" and "append" in manifest.graphs and not prompts
+            exact_graph = manifest.graphs["append"] if stands else graph
             model = ir.load(folder / exact_graph.file)
             for node in list(model.graph):
                 if node.op_type in ("MatMulNBits", "QMoE"):

@@ -9,15 +9,10 @@ from typing import Any
 
 import torch
 from llmx.export.checkpoint import Checkpoint, open_checkpoint
-from llmx.export.dequantized import (
-    StoredMatrix,
-    check_integer_forms,
-    exact_copy,
-    quantized_matrices,
-    use_package_weights,
-)
+from llmx.export.dequantized import StoredMatrix, exact_copy, quantized_matrices, use_package_weights
 from llmx.export.encoder import verify_encoder
 from llmx.export.families import write_decoder, write_encoder, write_seq2seq
+from llmx.export.integer_check import check_prompts
 from llmx.export.package import package_folder, write_manifest
 from llmx.export.quality import decoder_quality, read_ids, written_by
 from llmx.export.targets import TARGETS, Target, cannot_verify
@@ -108,7 +103,8 @@ def _verified(
 
     with exact_copy(folder, manifest) as (exact_folder, exact):
         checked = _compared(exact, exact_folder, checkpoint, options, load_rounded, reporter)
-    check_integer_forms(folder, manifest, matrices)
+    if "append" in manifest.graphs:
+        check_prompts(folder, manifest, load_rounded(), matrices)
     manifest = replace(checked, files=manifest.files)
     if manifest.family == "decoder":
         quality = _quality(
@@ -153,22 +149,20 @@ def _quality(
     manifest: Manifest, folder: Path, load: Callable[[], Any], matrices: dict[str, StoredMatrix], file: Path | None
 ) -> dict[str, Any]:
     """What quantization costs a decoder (llmx.export.quality), and on which text."""
-    model = load()
     longest = min(manifest.model.context_length, _LONGEST)
-    texts = written_by(model, longest) if file is None else [read_ids(folder, manifest, file)]
+    texts = written_by(load(), longest) if file is None else [read_ids(folder, manifest, file)]
 
-    def quality(measured: Manifest, model: Any) -> dict[str, Any]:
+    def quality(measured: Manifest) -> dict[str, Any]:
         backend = open_backend(folder, measured, device="cpu", max_length=longest, mapped_cache=False)
         try:
-            return decoder_quality(backend, model, matrices, texts)
+            return decoder_quality(backend, load(), matrices, texts)
         finally:
             backend.close()
 
     found = {"text": "written by the model" if file is None else file.name}
     append = manifest.graphs.get("append")
     if append is None:
-        return found | quality(manifest, model)
+        return found | quality(manifest)
     # what decoding computes, and apart from it what prompts do, whose products are others
     same = {name: graph for name, graph in manifest.graphs.items() if name != "append"} | {"prefill": append}
-    found |= quality(replace(manifest, graphs=same), model)
-    return found | {"prompts": quality(manifest, load())}
+    return found | quality(replace(manifest, graphs=same)) | {"prompts": quality(manifest)}

@@ -174,17 +174,27 @@ class _Nodes:
         """The integer form as initializers, computed when they are written: nothing is kept of a matrix meanwhile."""
         rows, columns = weight.shape
         kinds = {"int8": ([columns, rows], ir.DataType.INT8), "int8_scales": ([rows], ir.DataType.FLOAT)}
-        values = []
-        for index, (kind, (shape, dtype)) in enumerate(kinds.items()):
+        values, form = [], _Form(weight)
+        for kind, (shape, dtype) in kinds.items():
             name = f"{weight.name}.{kind}"
             value = self._graph.initializers.get(name)
             if value is None:
-                tensor = ir.LazyTensor(functools.partial(_read, weight, index), dtype, ir.Shape(shape), name=name)
+                tensor = ir.LazyTensor(functools.partial(form.read, kind), dtype, ir.Shape(shape), name=name)
                 value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(dtype))
                 self._graph.register_initializer(value)
             values.append(value)
         return values[0], values[1]
 
 
-def _read(weight: QuantizedWeight, part: int) -> ir.TensorProtocol:
-    return ir.tensor(integer_form(weight)[part].numpy())
+class _Form:
+    """The integer form of a weight, for whoever writes it: of a matrix that was read, the scales are kept."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        self._weight = weight
+        self._scales: torch.Tensor | None = None
+
+    def read(self, kind: str) -> ir.TensorProtocol:
+        if kind == "int8_scales" and self._scales is not None:
+            return ir.tensor(self._scales.numpy())
+        codes, self._scales = integer_form(self._weight)
+        return ir.tensor((codes if kind == "int8" else self._scales).numpy())

@@ -32,8 +32,7 @@ class QuantizationOptions:
     """`weights` and `head` ("int8" | "int4"; `head` also "none"): of the layers' matrices, and of the output head and the
     embedding. `exclude`: patterns of module names that stay as they are. `method`: "rtn" rounds to nearest, "gptq" for the
     inputs that `calibration_file` gives rise to. `quality_file`: text on which to measure what quantization costs. Both
-    default to text that the model writes. `prompts` ("int8" | "same" | "auto"): whether prompts multiply with a second form of
-    the layers' matrices, int8 (llmx.export.integer_products); "auto" does so up to `LARGEST_FORM` bytes.
+    default to text that the model writes.
     """
 
     weights: str
@@ -44,15 +43,12 @@ class QuantizationOptions:
     method: str = "rtn"
     calibration_file: Path | None = None
     quality_file: Path | None = None
-    prompts: str = "auto"
 
     def __post_init__(self) -> None:
         if self.weights not in BITS or self.head not in (*BITS, "none"):
             raise ExportError(f"--quantize takes {' or '.join(BITS)}, --quantize-head also none.")
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ExportError(f"--quantize-block-size is 16, 32, 64, 128 or 256, and not {self.block_size}.")
-        if self.prompts not in ("auto", "int8", "same"):
-            raise ExportError(f"--quantize-prompts is auto, int8 or same, and not {self.prompts}.")
         if self.method not in ("rtn", "gptq"):
             raise ExportError(f"--quantize-method is rtn or gptq, and not {self.method}.")
         for file in (self.calibration_file, self.quality_file):
@@ -68,14 +64,18 @@ class QuantizationOptions:
         return None if self.head == "none" else Scheme(BITS[self.head], self.block_size, self.symmetric)
 
 
-def second_form(plan: Plan, options: QuantizationOptions | None, ends: set[str]) -> Plan:
-    """The matrices of `plan` that prompts get in int8 too, which is a byte a value; `ends` are those that get none."""
-    asked = options.prompts if options is not None else "auto"
-    layers = {name: weight for name, weight in plan.items() if name not in ends}
+def second_form(plan: Plan, prompts: str, source: SourceModel) -> Plan:
+    """The matrices of `plan` that prompts get in int8 too, which is a byte a value: all but head, embedding and stacked experts.
+
+    `prompts` is "int8", "same" (none) or "auto": up to `LARGEST_FORM` bytes.
+    """
+    if prompts not in ("auto", "int8", "same"):
+        raise ExportError(f"--quantize-prompts is auto, int8 or same, and not {prompts}.")
+    ends = {id(module.weight) for module in _ends(source.module)}
+    parameters = dict(source.module.named_parameters())
+    layers = {n: w for n, w in plan.items() if id(parameters[n]) not in ends and parameters[n].ndim == 2}
     small = sum(map(num_values, layers.values())) <= LARGEST_FORM
-    if asked == "same" or (asked == "auto" and not small):
-        return {}
-    return layers
+    return layers if prompts == "int8" or (prompts == "auto" and small) else {}
 
 
 def num_values(weight: QuantizedWeight) -> int:
@@ -311,12 +311,6 @@ def _ends(module: Any) -> list[torch.nn.Module]:
         head = None
     tables = [module.get_input_embeddings(), head]
     return [table for table in tables if isinstance(table, (torch.nn.Linear, torch.nn.Embedding))]
-
-
-def end_names(source: SourceModel) -> set[str]:
-    """The stored names of the output head's and the embedding's matrices."""
-    ends = {id(module.weight) for module in _ends(source.module)}
-    return {name for name, parameter in source.parameters_by_name().values() if id(parameter) in ends}
 
 
 def _expert_counts(module: Any) -> set[int]:

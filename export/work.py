@@ -28,7 +28,6 @@ from llmx.export.quantization import (
     QuantizationOptions,
     QuantizedWeight,
     describe_quantization,
-    end_names,
     num_values,
     plan_quantization,
     second_form,
@@ -46,7 +45,11 @@ _UNLIMITED = 1 << 20  # positions of a model that nothing limits
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export and how. `dtype` and `max_length` of None mean the target's default and the model's context."""
+    """What to export and how. `dtype` and `max_length` of None mean the target's default and the model's context.
+
+    `quantize_prompts` ("int8" | "same" | "auto"): whether prompts multiply with a second, int8 form of quantized layers
+    (llmx.export.integer_products).
+    """
 
     model: str
     output: Path | None = None
@@ -62,6 +65,7 @@ class ExportOptions:
     with_hidden_states: bool = False
     pooling: str | None = None
     quantize: QuantizationOptions | None = None
+    quantize_prompts: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,20 @@ class Work:
         plan = self._plan(source)
         with WeightsWriter(self.folder / WEIGHTS_FILE, source, plan) as writer, uncollected():
             second = self._second_form(source, plan)
-            check_free_space(self.folder, int((writer.expected_bytes + sum(map(num_values, second.values()))) * 1.02))
+            check_free_space(self.folder, int(writer.expected_bytes * 1.02))
             graphs = make()
             if plan:
                 self.quantized = quantize_graphs(graphs, source, plan, self.target.accuracy_level)
-            if second:
-                self.integer_prompts = integer_prompts(graphs, second)
+            self.integer_prompts = bool(second) and integer_prompts(graphs, second)
+            if self.integer_prompts:
+                check_free_space(
+                    self.folder, int((writer.bytes_to_come + sum(map(num_values, second.values()))) * 1.02)
+                )
+            elif self.options.quantize_prompts == "int8":
+                self.warnings.append(
+                    "--quantize-prompts int8 changes nothing here: it goes with linear layers in 4 or 8 bits, target cpu, fp32, "
+                    "and key/value state that is written in place."
+                )
             self.stages.begin("write")
             files = {graph_file(name): graph for name, graph in graphs.items()}
             write_graphs(self.folder, files, writer, source, self.stages.reporter.advance)
@@ -177,7 +189,7 @@ class Work:
         """The matrices that prompts get in int8 as well: on the provider whose products of integers are the faster ones."""
         if self.target.on_device or self.torch_dtype != torch.float32:
             return {}
-        return second_form(plan, self.options.quantize, end_names(source))
+        return second_form(plan, self.options.quantize_prompts, source)
 
     def _plan(self, source: SourceModel) -> Plan:
         """What is written quantized, calibrated where that is asked for."""

@@ -64,6 +64,11 @@ class WeightsWriter:
         """Bytes of everything to write, as far as it is known beforehand."""
         return self._total
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Those of `expected_bytes` that are not written yet."""
+        return max(0, self._total - self._done)
+
     def __enter__(self) -> WeightsWriter:
         self._file = self.path.open("w+b")
         try:

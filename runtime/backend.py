@@ -149,14 +149,30 @@ class OrtBackend(HostPrefill):
         self._device = device
         self._decode_steps: dict[int, _Step] = {}
         self._run_options = import_onnxruntime().RunOptions()
-        self._prefill_steps: dict[tuple[int, int, int], _Step] = {}
+        self._prefill_steps: dict[tuple[str, int, int, int], _Step] = {}
 
     def prefill(
         self, slot: int, token_ids: np.ndarray, start: int, positions: np.ndarray, prompt_length: int | None = None
     ) -> np.ndarray:
+        name = self._append if len(token_ids) <= _FEW else "prefill"
+        return self._run_prefill(name, slot, token_ids, start, positions, prompt_length)
+
+    def prefill_each(self, slot: int, token_ids: np.ndarray, start: int, temperature: float = -1.0) -> StepLogits:
+        """As `verify` judges them, at any number of tokens."""
+        return HostLogits(self._run_prefill(self._append, slot, token_ids, start, np.arange(len(token_ids)), start + 1))
+
+    def _run_prefill(
+        self,
+        name: str,
+        slot: int,
+        token_ids: np.ndarray,
+        start: int,
+        positions: np.ndarray,
+        prompt_length: int | None,
+    ) -> np.ndarray:
         count = len(token_ids)
         assert start >= 0 and start + count <= self.max_length and 0 <= slot < self.slots
-        step = self._prefill_step(slot, count, len(positions))
+        step = self._prefill_step(name, slot, count, len(positions))
         step.feed("input_ids", np.asarray(token_ids)[None])
         step.feed("position_ids", np.arange(start, start + count)[None])
         step.feed("logits_positions", np.asarray(positions)[None])
@@ -168,12 +184,11 @@ class OrtBackend(HostPrefill):
         self.last_hidden = step.hidden[0] if step.hidden is not None else None
         return logits
 
-    def _prefill_step(self, slot: int, count: int, asked: int) -> _Step:
-        """The bound call for this shape; the last few are kept, as chunks of one size follow each other."""
-        key = (slot, count, asked)
+    def _prefill_step(self, name: str, slot: int, count: int, asked: int) -> _Step:
+        """The bound call of a graph for this shape; the last few are kept, as chunks of one size follow each other."""
+        key = (name, slot, count, asked)
         step = self._prefill_steps.pop(key, None)
         if step is None:
-            name = self._append if count <= _FEW else "prefill"
             graph = self.manifest.graphs[name]
             step = _Step(self._sessions[name], graph, self._state, slot, 1, count, asked, self.manifest)
             while len(self._prefill_steps) >= _KEPT_PREFILL_STEPS:

@@ -54,7 +54,7 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         threads: CPU threads; None: the CPUs that the process may use.
         spin: let worker threads busy-wait between operators of a step (faster; False for shared machines).
         prefill_chunk: prompt tokens run at once; longer prompts take several steps, between which others decode.
-            None: 192 on a CPU, 2,048 on a GPU.
+            None: 192 on a CPU (128 where prompts multiply integers), 2,048 on a GPU.
         prefix_cache_bytes: memory for the state of prompt prefixes, which later prompts that begin alike are spared
             (docs/serving.md); 0: none. Packages with carried state have none.
         kv_cache_memory_bytes: memory for the state of all slots together, where that is less than a whole context each: the

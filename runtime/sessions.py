@@ -72,7 +72,10 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     weights. Raises PackageError.
     """
     check_version(manifest)
-    files = {name: folder / graph.file for name, graph in manifest.graphs.items() if name != "candidates"}
+    own = {name: folder / graph.file for name, graph in manifest.graphs.items() if name != "candidates"}
+    files, identities = own, {path: _identity(path) for path in own.values()}
+    weights = folder / "weights.data"
+    identities[weights] = _identity(weights)
     if device.kind == "cpu" and settings.mapped_cache:
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
@@ -91,8 +94,20 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
         return options
 
     def late(name: str) -> Any:
-        session = opened(name, options_of(name))
-        return session if trace is None else trace.watch(name, session)
+        path = files[name]
+        if (
+            path == own[name] or not path.is_file()
+        ):  # a cached file is found by what it was made of, and may be given up
+            if any(_identity(each) != identities[each] for each in (own[name], weights)):
+                raise PackageError(f"{folder} was replaced or removed while it was open; load it again.")
+            path = own[name]
+        watching = active()
+        options = session_options(settings)
+        if watching is not None:
+            watching.prepare(options)
+        session = open_session(path, options, device.providers)
+        check_session(session, manifest.graphs[name], path)
+        return session if watching is None else watching.watch(name, session)
 
     first, *rest = {name: options_of(name) for name in files if name not in _LATE}.items()
     if device.kind == "cpu" and trace is None:
@@ -109,6 +124,15 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
     return Sessions(sessions, late)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another one that takes its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_session(path: Path, options: Any, providers: list[Any]) -> Any:

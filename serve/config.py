@@ -47,7 +47,7 @@ class ServeConfig(BaseModel):
     prefill_chunk: int | None = Field(
         None,
         ge=1,
-        description="Prompt tokens that one step may run beside the others' decoding; default: 192 on a CPU, 2048 on CUDA.",
+        description="Prompt tokens that one step may run beside the others' decoding; default: 192 on a CPU (128 where prompts multiply integers), 2048 on CUDA.",
     )
     draft: str | None = Field(
         None, description="Speculative decoding: a small package of the same vocabulary that guesses ahead."

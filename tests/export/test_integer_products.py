@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from llmx.cli.main import main
-from llmx.export import ExportOptions, dequantized, export_model, integer_products
+from llmx.export import ExportOptions, dequantized, export_model, integer_check, integer_products
 from llmx.export.blocks import Scheme, round_to_nearest
+from llmx.export.checkpoint import open_checkpoint
 from llmx.export.integer_products import IntegerProducts, integer_form
-from llmx.export.quantization import QuantizationOptions, QuantizedWeight, second_form
+from llmx.export.quantization import QuantizationOptions, QuantizedWeight, plan_quantization, second_form
 from llmx.export.quantized_graph import KEY
+from llmx.export.weights import build_source
 from llmx.runtime import LLM, SamplingParams, Speculation
-from llmx.runtime.errors import VerificationError
+from llmx.runtime.errors import ExportError, PackageError, VerificationError
 from llmx.runtime.manifest import load_manifest
 from transformers import AutoModelForCausalLM
 
@@ -143,14 +147,18 @@ def test_an_infinite_row_and_a_missing_one_stay_visible() -> None:
     assert not np.isfinite(got[0, [0, 2]]).any() and np.isfinite(got[0, 1]).all()
 
 
-def test_who_gets_a_second_form() -> None:
-    plan = {name: quantized(name, 32, 64) for name in ("a", "head")}
-    for prompts, wanted in (("auto", {"a"}), ("int8", {"a"}), ("same", set())):
-        assert set(second_form(plan, QuantizationOptions("int4", prompts=prompts), {"head"})) == wanted
-    large = {"a": quantized("a", 32, 64), "b": QuantizedWeight("b", Scheme(4, 16, True), (1 << 16, 1 << 15),
-                                                              torch.float32, lambda: iter(()))}  # fmt: skip
-    assert not second_form(large, QuantizationOptions("int4"), set())  # of two gigabytes and more: on request alone
-    assert len(second_form(large, QuantizationOptions("int4", prompts="int8"), set())) == 2
+def test_who_gets_a_second_form(checkpoint: Get) -> None:
+    source = build_source(open_checkpoint(str(checkpoint("llama")), None, False, "auto"), torch.float32, None, None)
+    plan = plan_quantization(source, QuantizationOptions("int4", block_size=16))
+    layers = {name for name in plan if "layers" in name}
+    assert len(layers) == 3 * 7 < len(plan)
+    assert [set(second_form(plan, how, source)) for how in ("auto", "int8", "same")] == [layers, layers, set()]
+    with pytest.raises(ExportError, match="auto, int8 or same"):
+        second_form(plan, "int4", source)
+    first = next(iter(layers))
+    plan[first] = replace(plan[first], shape=(1 << 16, 1 << 15))
+    assert not second_form(plan, "auto", source)  # of two gigabytes and more: on request alone
+    assert set(second_form(plan, "int8", source)) == layers
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +192,30 @@ def test_few_tokens_and_guesses_go_another_way(package: Path) -> None:
         np.testing.assert_array_equal(judged[1], each)
 
 
+def test_guesses_are_judged_as_steps_at_any_number(package: Path) -> None:
+    ids = np.random.default_rng(3).integers(1, 300, 60)
+    with LLM(package, slots=2) as llm:
+        backend = llm.backend
+        for slot in (0, 1):
+            backend.prefill(slot, ids[:30], 0, np.zeros(0, np.int64))
+        judged = backend.verify(np.stack([ids[30:50]] * 2), np.array([30, 30]), np.array([20, 20]))[0].copy()
+        each = backend.prefill_each(0, ids[30:50], 30).rows().copy()
+        steps = np.stack([backend.decode(ids[i : i + 1], np.array([i])).row(0).copy() for i in range(30, 50)])
+    for got in (judged, each):  # a last bit may turn one int8 activation; other products turn up in every number
+        assert np.median(np.abs(got - steps)) < 1e-5 * np.abs(steps).max()
+
+
+def test_a_package_replaced_while_it_is_open(package: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    shutil.copytree(package, folder)
+    with LLM(folder, slots=1) as llm:
+        llm.backend.prefill(0, np.arange(1, 30), 0, np.array([28]))
+        (folder / "weights.data").write_bytes((folder / "weights.data").read_bytes())
+        with pytest.raises(PackageError, match="replaced or removed while it was open; load it again"):
+            llm.backend.prefill(0, np.arange(1, 5), 29, np.array([3]))
+        llm.backend.prefill(0, np.arange(1, 30), 0, np.array([28]))  # others go on
+
+
 def test_speculation_beside_plain_decoding(package: Path) -> None:
     """Guesses are judged by the products that decoding has."""
     prompt = np.random.default_rng(4).integers(1, 300, 12).tolist() * 3
@@ -210,23 +242,38 @@ def test_a_wrong_form_is_caught(checkpoint: Get, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "p").exists()
 
 
+def swapped(made: Any, row: Any, weight: QuantizedWeight) -> ir.Value:
+    return PRODUCT(made, integer_products._Row(row.low, row.high, row.scale), weight)
+
+
+PRODUCT = IntegerProducts._product
+
+
 def test_a_wrong_graph_is_caught(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared with PyTorch's logits, apart from the matrices: here the digits change places."""
-    right = IntegerProducts._product
-
-    def wrong(made: Any, row: Any, weight: QuantizedWeight) -> ir.Value:
-        return right(made, integer_products._Row(row.low, row.high, row.scale), weight)
-
-    monkeypatch.setattr(IntegerProducts, "_product", staticmethod(wrong))
-    options = ExportOptions(
-        str(checkpoint("llama")), tmp_path / "p", quantize=QuantizationOptions("int4", block_size=16)
-    )
-    with pytest.raises(VerificationError, match="disagree by more than int8 activations explain"):
+    """Right matrices in a wrong graph: the digits change places. At export, and by `verify` where a check was lacking then."""
+    monkeypatch.setattr(IntegerProducts, "_product", staticmethod(swapped))
+    quantize = QuantizationOptions("int4", block_size=16)
+    options = ExportOptions(str(checkpoint("llama")), tmp_path / "p", quantize=quantize)
+    with pytest.raises(VerificationError, match="Prompts by integer products and PyTorch .* disagree"):
         export_model(options)
+    assert not (tmp_path / "p").exists()
+    export_model(replace(options, verify=False))
+    arguments = [
+        "verify",
+        "--onnx",
+        str(tmp_path / "p"),
+        "--model",
+        str(checkpoint("llama")),
+        "--prompts",
+        "1",
+        "--json",
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "Prompts by integer products" in json.loads(result.stdout)["reason"]
 
 
 def test_verify_checks_the_form(package: Path, checkpoint: Get, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = dequantized._array
+    right = integer_check.array_of
 
     def wrong(found: ir.Value | None) -> np.ndarray | None:
         array = right(found)
@@ -234,7 +281,7 @@ def test_verify_checks_the_form(package: Path, checkpoint: Get, monkeypatch: pyt
 
     arguments = ["verify", "--onnx", str(package), "--model", str(checkpoint("qwen2")), "--prompts", "1", "--json"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
-    monkeypatch.setattr(dequantized, "_array", wrong)
+    monkeypatch.setattr(integer_check, "array_of", wrong)
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1 and "int8 form" in json.loads(result.stdout)["reason"]
 
@@ -268,10 +315,10 @@ def test_prompts_are_pytorch_with_the_integer_form(package: Path, checkpoint: Ge
 
 def test_on_request(checkpoint: Get, tmp_path: Path) -> None:
     arguments = ["export", "--model", str(checkpoint("llama")), "--output", str(tmp_path / "p"), "--no-verify"]
-    result = CliRunner().invoke(main, [*arguments, "--quantize-prompts", "same"])
-    assert result.exit_code == 2 and "go with --quantize" in result.output
     given = ["--quantize", "int4", "--quantize-block-size", "16", "--quantize-prompts", "same"]
     result = CliRunner().invoke(main, [*arguments, *given])
     assert result.exit_code == 0, result.output
     manifest = load_manifest(tmp_path / "p")
     assert set(manifest.graphs) == {"prefill", "decode"} and (manifest.quantization or {})["prompts"] == "same"
+    result = CliRunner().invoke(main, [*arguments, "--quantize-prompts", "int8", "--force"])
+    assert result.exit_code == 0 and "--quantize-prompts int8 changes nothing here" in result.output
