@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmx.runtime.aio_session import AsyncSession
-from llmx.runtime.errors import ClosedError
+from llmx.runtime.errors import ClosedError, EngineDeadError
 from llmx.runtime.llm import LLM, output_of
 from llmx.runtime.outputs import RequestOutput, StreamPiece
 from llmx.runtime.params import SamplingParams
@@ -43,6 +43,8 @@ class AsyncLLM:
         self._stop = False
         self._lock = threading.Lock()
         self._pumps: dict[asyncio.AbstractEventLoop, Pump] = {}
+        #: Called by the engine's thread where a fault ends it; whoever waits has been told.
+        self.died: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._run, name="llmx-engine", daemon=True)
         self._thread.start()
 
@@ -167,6 +169,16 @@ class AsyncLLM:
         return self._thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._take_steps()
+        except BaseException:  # of a step, what fails there ends its requests; this is a bug beside them
+            try:
+                self.llm._driver.fail(EngineDeadError, "The thread that runs the model has ended; start it again.")
+            finally:
+                self.died()
+            raise
+
+    def _take_steps(self) -> None:
         while True:
             self._wake.wait()
             self._wake.clear()

@@ -54,19 +54,20 @@ class Channel:
             return len(frame)
 
     def _send_kept(self) -> None:
+        with self._lock:
+            frame = self._kept[0]
         while True:
-            with self._lock:
-                if not self._kept:
-                    return
-                frame = self._kept[0]
             try:
                 self._sock.sendall(frame)
             except OSError:
                 with self._lock:
                     self._kept.clear()
                 return
-            with self._lock:
+            with self._lock:  # once: who finds nothing kept starts another thread
                 self._kept.popleft()
+                if not self._kept:
+                    return
+                frame = self._kept[0]
 
     def receive(self) -> Any:
         """The next message; waits for it. Raises EOFError where the other side is gone."""

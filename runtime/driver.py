@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmx.runtime.errors import ClosedError
+from llmx.runtime.errors import ClosedError, LlmxError
 from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.scheduler import Request
 
@@ -109,6 +109,18 @@ class Driver:
                     self.engine.end_all(ClosedError, CLOSED)
                 release()
             self._turn.notify_all()
+        if self.engine is not None:
+            self.engine.hand_over()
+
+    def fail(self, kind: type[LlmxError], reason: str) -> None:
+        """After the step in progress, end every request with `kind(reason)`, and refuse later ones."""
+        assert self.engine is not None
+        with self._turn:
+            while self._busy:
+                self._turn.wait(timeout=1.0)
+            self.engine.end_all(kind, reason)
+            self._turn.notify_all()
+        self.engine.hand_over()
 
     @property
     def has_work(self) -> bool:

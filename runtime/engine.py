@@ -14,7 +14,7 @@ from llmx.runtime.beam_requests import check_room, check_slots, make_group
 from llmx.runtime.best_of import scored
 from llmx.runtime.candidates import WHOLE_ROW, asked
 from llmx.runtime.detokenizer import IncrementalDetokenizer
-from llmx.runtime.errors import ContextLengthError, LlmxError, RequestError
+from llmx.runtime.errors import LlmxError, RequestError
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.history import History
 from llmx.runtime.kv_budget import KVRoom
@@ -24,6 +24,7 @@ from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.params import SamplingParams
 from llmx.runtime.preemption import give_up, take_back
 from llmx.runtime.prefix_cache import PrefixCache
+from llmx.runtime.prompts import check_fits
 from llmx.runtime.rules import make_rules
 from llmx.runtime.sampling import make_generator, restricted_until
 from llmx.runtime.scheduler import Plan, Request, Scheduler, Sequence
@@ -100,11 +101,7 @@ class Engine:
         count = (params.num_beams or 1) if searches else params.num_samples
         form = None if wanted is None else StructuredOutputsParams.of(wanted)
         grammars = [None if form is None else self.grammars.compile(form) for _ in range(count)]
-        if len(prompt_ids) >= longest:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt_ids)} tokens and the context holds {longest}, one of them for the answer; "
-                "shorten the prompt or raise max_length."
-            )
+        check_fits(len(prompt_ids), longest)
         request = Request(
             f"req-{next(self._ids)}", prompt, list(prompt_ids), params, emit, source=source, session=session
         )
@@ -171,7 +168,8 @@ class Engine:
         with self._lock:
             self._wakers = tuple(known for known in self._wakers if known != wake)
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
+        """Tell the wakers."""
         for wake in self._wakers:
             try:
                 wake()
@@ -220,18 +218,19 @@ class Engine:
             self._end(reason, [*self._live, *arrivals])
             raise
         finally:
-            self._hand_over()
+            self.hand_over()
         self._forget_ended()
 
     def end_all(self, kind: type[LlmxError], reason: str) -> None:
-        """End every request, running or queued, with `kind(reason)`, and refuse later ones. No step may be in progress."""
+        """End every request, running or queued, with `kind(reason)`, and refuse later ones. No step may be in progress, and
+        what the requests get is only there once `hand_over` was called, by who holds no lock that who submits may take.
+        """
         with self._lock:
             self._ended = lambda: kind(reason)
             arrivals, self._arrivals = self._arrivals, []
         for request in [*self._live, *arrivals]:
             self._end(kind(reason), [request])
         self._live = []
-        self._hand_over()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless every resource has its owner; between steps."""
@@ -271,7 +270,7 @@ class Engine:
         for prefill in plan.prefills:
             if prefill.sequence.slot is not None:  # its request may have failed in this very step
                 self._prefill.run(prefill)
-                self._hand_over()
+                self.hand_over()
         decoding = plan.decode
         if plan.prefills or plan.forks:
             decoding = [s for s in decoding if s.slot is not None]

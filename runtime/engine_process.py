@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
+import pickle
 import socket
 import sys
 import threading
@@ -170,7 +170,7 @@ class Host:
             if entry.turn != self._turn:
                 entry.turn, entry.tells = self._turn, entry.told != told
             metrics = request.metrics if entry.tells else None
-            prompt = portable_entries(request.prompt_logprobs) if entry.told < 0 else None
+            prompt = packed(request.prompt_logprobs) if entry.told < 0 else None
             entry.told = told
             others.append((
                 entry.number << INDEX_BITS | piece.index, piece.text, piece.token_ids, piece.finish_reason, piece.stop_reason,
@@ -222,6 +222,15 @@ def portable_entries(entries: list[TokenLogprobs | None] | list[TokenLogprobs] |
     return [entry and {t: (p.logprob, p.rank, p.decoded_token) for t, p in entry.items()} for entry in entries]
 
 
+def packed(entries: list[TokenLogprobs | None] | None) -> list[bytes] | None:
+    """As portable_entries, each pickled by itself: those of a prompt may be a million numbers, which the other side's event
+    loop does not look at.
+    """
+    if entries is None:
+        return None
+    return [pickle.dumps(portable_entries([entry]), pickle.HIGHEST_PROTOCOL) for entry in entries]
+
+
 def portable(error: BaseException) -> BaseException:
     """`error` as another process may have it: llmx's own as they are, others as a RuntimeError that shows where it was raised."""
     if isinstance(error, LlmxError):
@@ -232,12 +241,7 @@ def portable(error: BaseException) -> BaseException:
 
 
 def main() -> None:
-    """The process: its one argument is an open socket's descriptor."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal or a supervisor tells all processes; the other side ends us
-        signal.signal(number, signal.SIG_IGN)
+    """The process, which ignores SIGINT and SIGTERM: its one argument is an open socket's descriptor."""
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     status = Host(channel).run()
     sys.stdout.flush()

@@ -280,9 +280,9 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
         self._driver.check_usable()
         self.need_generation()
         requests: list[Request] = []
+        encoded = [self._encode(prompt) for prompt, _, _ in wanted]  # which takes a while, before the first may run
         try:
-            for prompt, params, emit in wanted:
-                ids = self._encode(prompt)
+            for (prompt, params, emit), ids in zip(wanted, encoded, strict=True):
                 resolved = params.resolved(self.manifest.generation)
                 text = prompt if isinstance(prompt, str) else None
                 if self.manifest.seq2seq is None:

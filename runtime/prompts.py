@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from llmx.runtime.errors import RequestError
+from llmx.runtime.errors import ContextLengthError, RequestError
 
 Prompt = str | Seq[int]  # text, or token ids taken as they are
 
@@ -22,6 +22,15 @@ def as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     if many and all(is_token(item) for item in many):
         return [many]  # type: ignore[list-item]
     return many  # type: ignore[return-value]
+
+
+def check_fits(count: int, longest: int) -> None:
+    """Raises ContextLengthError unless a prompt of `count` tokens leaves one of `longest` positions to the answer."""
+    if count >= longest:
+        raise ContextLengthError(
+            f"The prompt has {count} tokens and the context holds {longest}, one of them for the answer; "
+            "shorten the prompt or raise max_length."
+        )
 
 
 def is_token(item: object) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
@@ -29,11 +31,15 @@ from llmx.runtime.llm_chat import ChatMethods
 from llmx.runtime.manifest import load_manifest
 from llmx.runtime.outputs import Logprob, RequestMetrics, StreamPiece, TokenLogprobs
 from llmx.runtime.params import SamplingParams
-from llmx.runtime.prompts import Prompt
+from llmx.runtime.prompts import Prompt, check_fits
 from llmx.runtime.scheduler import Request, Sequence
 from llmx.runtime.tokenizer import Tokenizer
 
-_PROGRAM = "from llmx.runtime.engine_process import main; main()"
+# A terminal or a supervisor signals all processes; the other side ends this one, also while it still imports.
+_PROGRAM = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    "from llmx.runtime.engine_process import main; main()"
+)
 _END = 15.0  # seconds that the process gets to end
 Receive = Callable[[StreamPiece], None]
 
@@ -74,11 +80,19 @@ class RemoteRequest:
         )
         self.metrics = RequestMetrics()
         self.error: BaseException | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.packed: list[bytes] | None = None  # `engine_process.packed`
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.is_search = is_search(params)
         self.taken: Future[None] = Future()  # shared by the requests of one `submit`
         count = params.num_beams if (params.num_beams or 1) > 1 else params.num_samples
         self.sequences = [RemoteSequence(self, index) for index in range(count or 1)]
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Made where they are asked for, which of long prompts takes a second."""
+        if self._prompt_logprobs is None and self.packed is not None:
+            self._prompt_logprobs = [_entries(pickle.loads(entry))[0] for entry in self.packed]
+        return self._prompt_logprobs
 
     @property
     def finished(self) -> bool:
@@ -178,6 +192,8 @@ class RemoteLLM(ChatMethods):
     def _request(self, prompt: Prompt, params: SamplingParams, receive: Receive) -> RemoteRequest:
         ids = self._encode(prompt)
         text = prompt if isinstance(prompt, str) else None
+        if self.manifest.seq2seq is None:
+            check_fits(len(ids), self.max_length)  # else the engine would stand still to read them
         return RemoteRequest(next(self._numbers), text, ids, params.resolved(self.manifest.generation), receive)
 
     @staticmethod
@@ -214,8 +230,13 @@ class RemoteLLM(ChatMethods):
     # -- what comes, in the event loop --------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        for kind, *rest in self._channel.available():
-            getattr(self, f"_on_{kind}")(*rest)
+        try:
+            for kind, *rest in self._channel.available():
+                getattr(self, f"_on_{kind}")(*rest)
+        except Exception:  # a fault of this program; else requests would wait for ever
+            traceback.print_exc()
+            self._process.kill()
+            self._channel.ended = True
         if self._channel.ended:
             self._lost()
 
@@ -259,7 +280,7 @@ class RemoteLLM(ChatMethods):
             request.metrics.num_output_tokens += len(ids)
             request.metrics.last_token = now
         if prompt is not None:
-            request.prompt_logprobs = _entries(prompt)
+            request.packed = prompt
         request.receive(StreamPiece(text, ids, sequence.index, finish, stop, entries))
 
     def _end(self, number: int, error: BaseException | None, metrics: RequestMetrics, outputs: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from llmx.serve.errors import api_error
 from llmx.serve.models import Generation, Model, Wanted
-from llmx.serve.sse import DONE, EventStream, event, unless_left
+from llmx.serve.sse import DONE, EventStream, event, to_json, unless_left
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 T = TypeVar("T")
 
@@ -67,7 +67,8 @@ async def _collect(
     await generation.start(prepare)
     async for _ in generation.pieces():
         pass
-    return await generation.model.off_loop(lambda: JSONResponse(answer(generation)))  # log-probabilities may be many
+    # log-probabilities may be many
+    return await generation.model.off_loop(lambda: Response(to_json(answer(generation)), media_type="application/json"))
 
 
 async def _guarded(

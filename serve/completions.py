@@ -140,7 +140,8 @@ class Completion:
                 if index not in legacy:
                     legacy[index] = LegacyLogprobs(self.model.llm.tokenizer)
                     if self.body.echo:
-                        chunk = self._prompt_chunk(index, generation.requests[p], legacy[index])
+                        request = generation.requests[p]
+                        chunk = await self.model.off_loop(self._prompt_chunk, index, request, legacy[index])
                         made.append(event({**self._head(), "choices": [chunk], **more}))
                     if not self.silent and not running:
                         templates[index] = self._template(index, more)

@@ -57,19 +57,28 @@ class ThreadEngine:
     """An LLM that a thread of this process steps."""
 
     pid: int | None = None
-    died = False
 
     def __init__(self, aio: AsyncLLM) -> None:
         self.aio = aio
+        self.died = False
         self._pump: Pump
 
     @property
     def alive(self) -> bool:
-        return self.aio.alive
+        return self.aio.alive and not self.died
 
     def start(self, pump: Pump, died: Callable[[], None]) -> None:
-        self._pump = pump
+        self._pump, loop = pump, asyncio.get_running_loop()
+
+        def lost() -> None:
+            loop.call_soon_threadsafe(self._lost, died)
+
+        self.aio.died = lost
         self.aio.llm.engine.add_waker(pump.wake)
+
+    def _lost(self, tell: Callable[[], None]) -> None:
+        self.died = True
+        tell()
 
     def submit(self, wanted: Seq[Wish]) -> Seq[AnyRequest]:
         return self.aio.submit(wanted)

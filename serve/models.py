@@ -128,12 +128,12 @@ class Generation:
 
     def __init__(self, model: Model, engine: Engine, places: int) -> None:
         self.model, self._engine, self._places = model, engine, places
+        self._lock = threading.Lock()  # of the next two; never held while work is done, as the event loop takes it
         self.requests: Seq[AnyRequest] = []
+        self._closed = False
         self._mailbox = Mailbox()
         self.whole = False  # whether nothing but the end of each continuation is waited for; set before `start`
         self._timer: asyncio.TimerHandle | None = None
-        self._lock = threading.Lock()  # between the thread that submits and a client that leaves meanwhile
-        self._closed = False
 
     async def start(self, prepare: Callable[[], Wanted]) -> None:
         """Run `prepare` and submit what it returns, in a thread. Raises what they raise."""
@@ -146,11 +146,14 @@ class Generation:
 
     def _submit(self, prepare: Callable[[], Wanted]) -> None:
         wanted = prepare()
+        if self._closed:
+            return
+        entries = [(prompt, params, self._receiver(index)) for index, (prompt, params) in enumerate(wanted)]
+        requests = self._engine.submit(entries)  # tokenises, and compiles grammars
         with self._lock:
-            if self._closed:
-                return
-            entries = [(prompt, params, self._receiver(index)) for index, (prompt, params) in enumerate(wanted)]
-            self.requests = self._engine.submit(entries)
+            self.requests, closed = requests, self._closed
+        if closed:  # the client left meanwhile
+            self._cancel(requests)
 
     def _receiver(self, index: int) -> Callable[[StreamPiece], None]:
         def receive(piece: StreamPiece) -> None:
@@ -190,6 +193,9 @@ class Generation:
         if self._timer is not None:
             self._timer.cancel()
         self.model.queue.give_back(self._places)
+        self._cancel(requests)
+
+    def _cancel(self, requests: Seq[AnyRequest]) -> None:
         for request in requests:
             if not request.finished:
                 self._engine.cancel(request)

@@ -49,7 +49,6 @@ class Observer:
                 raise
         except Exception as error:
             state["error"] = error
-            LOGGER.exception("request failed", extra={"fields": {"request_id": request_id}})
             if not status:
                 await api_error(error).response()(scope, receive, observed)
         finally:
@@ -71,6 +70,8 @@ class Observer:
         }
         if error is not None and not gone:
             fields["error"] = api_error(error).code
+            if fields["error"] == "internal_error":  # the client was told that its reason is here
+                LOGGER.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id}})
         if generation is not None:
             self._metrics.observe(generation)
             metrics = [r.metrics for r in generation.requests]

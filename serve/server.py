@@ -125,7 +125,7 @@ def bind(config: ServeConfig) -> socket.socket:
 def serve(models: Models, config: ServeConfig, sock: socket.socket) -> None:
     """Serve at `bind`'s socket until SIGTERM or SIGINT; running requests get `drain_timeout` seconds to end.
 
-    Raises EngineDeadError where an engine's process ended instead.
+    Raises EngineDeadError where an engine ended instead.
     """
     configure(config.log_format, config.log_level)
     server = Server(uvicorn_config(create_app(models, config), config), models)

@@ -26,6 +26,17 @@ class ClientGoneError(Exception):
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
+def to_json(value: Any, depth: int = 5) -> str:
+    """JSON in parts, by containers down to `depth`: what json makes of one is made in one go, and no other thread runs
+    meanwhile. The log-probabilities of a long prompt are tens of megabytes.
+    """
+    if depth and isinstance(value, dict):
+        return "{" + ",".join([f"{_to_json(str(k))}:{to_json(v, depth - 1)}" for k, v in value.items()]) + "}"
+    if depth and isinstance(value, list):
+        return "[" + ",".join([to_json(item, depth - 1) for item in value]) + "]"
+    return _to_json(value)
+
+
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """One event. JSON has no raw newline, so one `data:` line holds it."""
     head = f"event: {name}\n" if name else ""

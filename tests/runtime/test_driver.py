@@ -292,3 +292,21 @@ def test_cancelling_from_another_thread(demo: Path) -> None:
         assert llm.engine.scheduler.pool.held() == [] and not llm.engine.scheduler.waiting
         with pytest.raises(StopIteration):
             next(stream)
+
+
+def test_closing_tells_wakers_without_its_lock(demo: Path) -> None:
+    """Who submits takes it as well, and a waker may wait for what is being submitted."""
+    llm = LLM(demo, slots=1)
+    stream = llm.stream("x", LONG)
+    next(stream)
+    found: list[bool] = []
+
+    def wake() -> None:
+        other = threading.Thread(target=llm._driver.wake, daemon=True)
+        other.start()
+        other.join(2)
+        found.append(not other.is_alive())
+
+    llm.engine.add_waker(wake)
+    llm.close()
+    assert found and all(found)

@@ -23,9 +23,11 @@ import psutil
 import pytest
 from harness import Running, process, running, until
 from llmx.runtime import LlmxError, ProviderError, load_manifest
+from llmx.runtime import remote as runtime_remote
 from llmx.runtime.channel import Channel
 from llmx.runtime.engine_stats import EngineStats
-from llmx.serve import ServeConfig, load_models, models
+from llmx.runtime.remote import RemoteLLM
+from llmx.serve import ServeConfig, load_models, models, wire
 from prometheus_client.parser import text_string_to_metric_families
 
 Serving = Callable[..., Running]
@@ -220,6 +222,64 @@ def test_a_fault_inside_a_request_ends_it_alone(demo: Path, monkeypatch: pytest.
         server.wait_idle()
 
 
+def test_a_prompt_that_is_too_long_does_not_reach_the_engine(remote: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of token ids would hold it up while it reads them."""
+    [model] = remote.models
+    assert isinstance(model.llm, RemoteLLM)
+    sent: list[Any] = []
+    original = model.llm._channel.send
+    monkeypatch.setattr(model.llm._channel, "send", lambda message: (sent.append(message[0]), original(message)))
+    for prompt in ([5] * model.llm.max_length, ["x", "the sea " * 3000]):
+        answer = remote.post("/v1/completions", {"prompt": prompt, "max_tokens": 1})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "submit" not in sent
+    assert remote.post("/v1/completions", {**GREEDY, "prompt": [5] * (model.llm.max_length - 1)}).status_code == 200
+    assert "submit" in sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_prompt_do_not_hold_the_loop(
+    remote: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """They may be a million numbers: taken apart, counted and written elsewhere, and no part takes long."""
+    loop_thread: list[int] = []
+    remote.server.servers[0].get_loop().call_soon_threadsafe(lambda: loop_thread.append(threading.get_ident()))
+    until(lambda: bool(loop_thread))
+    seen: list[int] = []
+    original, add = runtime_remote._entries, wire.LegacyLogprobs.add
+
+    def entries(portable: Any) -> Any:
+        if portable and (len(portable) > 1 or threading.get_ident() == loop_thread[0]):
+            seen.append(len(portable))
+        return original(portable)
+
+    def legacy(self: Any, ids: list[int], found: list[Any]) -> Any:
+        if threading.get_ident() == loop_thread[0]:
+            seen.append(len(ids))
+        return add(self, ids, found)
+
+    monkeypatch.setattr(runtime_remote, "_entries", entries)
+    monkeypatch.setattr(wire.LegacyLogprobs, "add", legacy)
+    body = {"prompt": [5 + i % 90 for i in range(200)], "max_tokens": 2, "logprobs": 5, "echo": True, "stream": stream}
+    answer = remote.post("/v1/completions", body)
+    assert answer.status_code == 200 and answer.text.count('"text_offset"') >= (2 if stream else 1)
+    assert max(seen, default=0) <= 2
+
+
+def test_vectors_beside_a_model_that_writes(demo: Path, encoder: Callable[[str], Path], served: Running) -> None:
+    config = ServeConfig(onnx=[f"demo={demo}", f"vectors={encoder('embed')}"], slots=2, engine_process=True)
+    vectors = {"model": "vectors", "input": [[4, 5], [6]]}
+    with running(config) as server:
+        assert [model.engine is None for model in server.models] == [False, True]
+        alone = server.post("/v1/embeddings", vectors).json()["data"]
+        with ThreadPoolExecutor(2) as threads:
+            written = threads.submit(streamed, server, "/v1/completions", LONG)
+            found = [server.post("/v1/embeddings", vectors).json()["data"] for _ in range(10)]
+            assert written.result(60) == streamed(served, "/v1/completions", LONG)
+        assert found == [alone] * 10
+        server.wait_idle()
+
+
 # -- ends -------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +323,17 @@ def test_a_server_that_has_lost_its_engine_says_so(demo: Path, monkeypatch: pyte
         for answer in (server.http.get("/health"), server.post("/v1/completions", GREEDY)):
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
         assert server.http.get("/ready").status_code == 503 and server.http.get("/metrics").status_code == 200
+
+
+def test_a_message_that_cannot_be_taken_ends_both(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of this program: no request waits for what was lost."""
+    with running(ServeConfig(onnx=[f"demo={demo}"], slots=2, engine_process=True)) as server:
+        [model] = server.models
+        assert isinstance(model.llm, RemoteLLM)
+        monkeypatch.setattr(model.llm, "_on_step", lambda *_: 1 / 0)
+        assert streamed(server, "/v1/completions", LONG)["error"]["code"] == "engine_dead"
+        until(lambda: server.server.should_exit)
+        assert model.engine is not None and model.engine.died and model.llm._process.wait(10)
 
 
 def test_a_server_that_is_killed_leaves_no_engine(demo: Path) -> None:
@@ -332,3 +403,30 @@ def test_a_channel_keeps_order_and_never_waits() -> None:
     with pytest.raises(EOFError):
         reader.receive()
     reader.send("nobody hears it")
+
+
+def test_a_channel_sends_once_what_it_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a message comes just as the thread that sends what was kept has sent the last of it."""
+    ours, theirs = socket.socketpair()
+    sender, reader = Channel(ours), Channel(theirs)
+    lock, big = sender._lock, bytes(1 << 20)
+    late: list[int] = []
+
+    class Lock:
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            emptied = not sender._kept and threading.current_thread().name == "llmx-channel"
+            lock.release()
+            if emptied and not late:
+                late.append(1)
+                sender.send((1, big))
+
+    sender._lock = Lock()  # type: ignore[assignment]
+    sender.send((0, big))
+    assert [reader.receive() for _ in range(2)] == [(0, big), (1, big)]
+    sender.send((2, b""))
+    assert reader.receive() == (2, b"")
+    sender.close()
+    assert reader.available() == [] and reader.ended and not reader._buffer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import threading
@@ -21,7 +22,7 @@ from click.testing import CliRunner
 from harness import Running, process, running, until
 from llmx.cli.serve import read_config
 from llmx.runtime import LLM, RequestError, SamplingParams
-from llmx.serve import ServeConfig, load_models
+from llmx.serve import ServeConfig, load_models, sse
 from llmx.serve.sse import ClientGoneError, EventStream
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -59,6 +60,40 @@ def test_a_client_that_leaves_while_it_waits_gives_its_place_back(serving: Servi
             server.post("/v1/completions", LONG, timeout=0.3)
         until(lambda: next(iter(server.models)).queue.taken <= 1)  # the first may have ended meanwhile
     server.wait_idle()
+
+
+@pytest.mark.parametrize("what", ["prompt", "prompt of a process", "grammar"])
+def test_a_client_that_leaves_while_its_request_is_prepared(serving: Serving, what: str) -> None:
+    """The loop does not wait for the thread that works on it, and nothing of it runs afterwards."""
+    server = serving(slots=1, engine_process="process" in what)
+    [model] = server.models
+    entered, go_on = threading.Event(), threading.Event()
+    owner, name = (model.llm.engine.grammars, "compile") if what == "grammar" else (model.llm.tokenizer, "encode")
+    original = getattr(owner, name)
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        entered.set()
+        assert go_on.wait(30)
+        return original(*arguments, **options)
+
+    setattr(owner, name, slow)
+    body = {**LONG, "prompt": ["x", "y"]}
+    if what == "grammar":
+        body["structured_outputs"] = {"regex": "[a-z]{500,}"}
+    try:
+        with pytest.raises(httpx.ReadTimeout):
+            server.post("/v1/completions", body, timeout=0.3)
+        assert entered.is_set()
+        until(lambda: model.queue.taken == 0)
+        with httpx.Client(base_url=server.url, timeout=5) as other:
+            assert other.get("/health").status_code == 200
+    finally:
+        go_on.set()
+    server.wait_idle()
+    setattr(owner, name, original)
+    assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 3, "ignore_eos": True}).status_code == 200
+    server.wait_idle()
+    assert counted(server, "generation_tokens_total") < 30  # not the 900 of each
 
 
 def test_a_reader_that_stops_reading_holds_nobody_up(serving: Serving) -> None:
@@ -158,6 +193,20 @@ def test_what_a_loop_that_is_behind_has_not_sent_goes_out_together(serving: Serv
     assert tokens == [choice["logprobs"]["token_logprobs"] for choice in whole["choices"]]
 
 
+def test_large_answers_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What json writes in one go holds the interpreter, and so the event loop."""
+    entry = {str(i): {"logprob": -1.5, "rank": i, "decoded_token": 'é\u2028"'} for i in range(50)}
+    choice = {"index": 0, "logprobs": {"tokens": ["a"] * 300, "top_logprobs": [None, *[entry] * 300]}}
+    answer = {"choices": [choice, {**choice, "prompt_logprobs": [None, *[entry] * 300]}], "usage": {"n": 1e-9, "x": []}}
+    for value in (answer, {}, [], None, "x", {"a": {"b": {"c": {"d": {"e": {"f": [1, {"g": True}]}}}}}}):
+        assert sse.to_json(value) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    parts: list[int] = []
+    original = sse._to_json
+    monkeypatch.setattr(sse, "_to_json", lambda part: (parts.append(len(original(part))), original(part))[1])
+    sse.to_json(answer)
+    assert max(parts) <= len(original(entry))
+
+
 def test_more_continuations_than_there_are_places(serving: Serving) -> None:
     server = serving(slots=2, max_queue=2)
     answer = server.post("/v1/completions", {"prompt": ["x"] * 5, "max_tokens": 1})
@@ -254,6 +303,55 @@ def test_an_error_that_nobody_foresaw(serving: Serving) -> None:
     assert "NoneType" not in answer.text
     server.wait_idle()
     assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_an_error_that_nobody_foresaw_in_a_stream_is_logged(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is told that the log has its reason."""
+    from llmx.serve import completions
+    from llmx.serve.logs import LOGGER
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    LOGGER.addHandler(handler)
+    monkeypatch.setattr(completions.Completion, "_chunk", lambda *_: 1 / 0)
+    try:
+        server = serving()
+        text = server.post("/v1/completions", {"prompt": "x", "max_tokens": 3, "stream": True}).text
+        assert '"code":"internal_error"' in text
+        until(lambda: bool(records))
+    finally:
+        LOGGER.removeHandler(handler)
+    [record] = [r for r in records if r.exc_info]
+    assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
+    server.wait_idle()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ends_ends_the_server(serving: Serving) -> None:
+    """As with a process (test_engine_process): an error for what runs, and a supervisor starts it again."""
+    server = serving(slots=1)
+    [model] = server.models
+    told: list[int] = []
+    server.models.died = lambda: told.append(1)  # it stays, to be asked
+    engine = server.engine
+
+    def fail() -> None:
+        del engine.hand_over
+        raise RuntimeError
+
+    with server.http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        engine.hand_over = fail
+        rest = list(lines)
+    errors = [json.loads(line[6:])["error"] for line in rest if line.startswith('data: {"error"')]
+    assert [error["code"] for error in errors] == ["engine_dead"] and "data: [DONE]" in rest
+    until(lambda: bool(told))
+    assert model.engine is not None and model.engine.died
+    for refused in (server.http.get("/health"), server.post("/v1/completions", {"prompt": "x"})):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    assert server.http.get("/ready").status_code == 503 and server.http.get("/metrics").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank"])
