@@ -207,6 +207,8 @@ def load_llm(folder: Path, device: str, **options: Any) -> LLM:
     """An LLM that is warm; options as LLM's."""
     llm = LLM(folder, device, **options)
     llm.warmup()
+    if llm.encoder is None:
+        llm.engine.grammars.warm()
     return llm
 
 

@@ -12,6 +12,9 @@ from typing import Any
 from llmx.runtime.errors import PackageError, RequestError
 from llmx.runtime.manifest import TokenizerInfo
 
+# Calls for one text hold the interpreter's lock for as long as they take (3 s for a megabyte of text), those for a batch let go
+# of it; but after these tokenizers warns of every fork. Characters, or tokens:
+_SHORT = 1024
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -98,7 +101,7 @@ class Tokenizer:
         """Token ids of each text, without padding. Raises RequestError for what is not valid Unicode text."""
         texts = list(texts)
         with _valid_text():
-            if len(texts) == 1:
+            if len(texts) == 1 and len(texts[0]) < _SHORT:
                 return [self._backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
             encodings = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
@@ -113,7 +116,10 @@ class Tokenizer:
         """
         backend = self._backend if max_length is None else self._cutting(max_length)
         with _valid_text():
-            encoding = backend.encode(first, second, add_special_tokens=True)
+            if len(first) + len(second or "") < _SHORT:
+                encoding = backend.encode(first, second, add_special_tokens=True)
+            else:
+                [encoding] = backend.encode_batch([first if second is None else (first, second)])
         special = [bool(flag) for flag in encoding.special_tokens_mask]
         return encoding.ids, encoding.type_ids, encoding.tokens, encoding.offsets, special
 
@@ -136,7 +142,10 @@ class Tokenizer:
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """`decode` before the clean-up of spaces."""
         try:
-            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            if len(ids) < _SHORT:
+                return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            [text] = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+            return str(text)
         except (TypeError, OverflowError):
             raise RequestError("Token ids must be whole numbers from 0.") from None
 

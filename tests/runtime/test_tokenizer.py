@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import threading
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -419,3 +421,29 @@ def test_clean_up_holds_back_little() -> None:
     assert pieces[0] == "the" or pieces[0] == "th"
     assert "".join(pieces) == "the sea is wide, isn't it?"
     assert len(pieces[-1]) <= 2
+
+
+def test_long_texts_let_other_threads_run() -> None:
+    """A server's event loop goes on while a megabyte is tokenised, and the ids are those of a short text's way."""
+    tokenizer = make("byte_level")
+    text = "".join(CORPUS) * 400
+    found: dict[str, Any] = {}
+    works: dict[str, Callable[[], Any]] = {
+        "encode": lambda: tokenizer.encode(text),
+        "pair": lambda: tokenizer.encode_pair(text, None, None)[0],
+        "decode": lambda: tokenizer.decode(found["encode"] * 8, skip_special_tokens=False),
+    }
+    for name, work in works.items():
+        thread = threading.Thread(target=lambda name=name, work=work: found.update({name: work()}))
+        ticks = 0
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.001)
+            ticks += 1
+        assert ticks > 10, name
+    backend = Backend.from_str(trained("byte_level"))
+    assert found["encode"] == found["pair"] == backend.encode(text).ids
+    assert found["decode"] == backend.decode(found["encode"] * 8, skip_special_tokens=False)
+    one, two = text[:3000], text[3000:5000]
+    whole = backend.encode(one, two)
+    assert tokenizer.encode_pair(one, two, None)[:2] == (whole.ids, whole.type_ids)

@@ -193,6 +193,11 @@ def test_what_a_loop_that_is_behind_has_not_sent_goes_out_together(serving: Serv
     assert tokens == [choice["logprobs"]["token_logprobs"] for choice in whole["choices"]]
 
 
+def test_a_grammars_vocabulary_is_there_before_the_first_request(serving: Serving) -> None:
+    """Reading it holds the interpreter for a third of a second where there are 128k tokens."""
+    assert serving().engine.grammars._vocabulary is not None
+
+
 def test_large_answers_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What json writes in one go holds the interpreter, and so the event loop."""
     entry = {str(i): {"logprob": -1.5, "rank": i, "decoded_token": 'é\u2028"'} for i in range(50)}
