@@ -89,20 +89,21 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
 
     def options_of(name: str) -> Any:
         options = session_options(settings)
+        _as_it_is(options, files[name], own[name])
         if trace is not None:
             trace.prepare(options)
         return options
 
     def late(name: str) -> Any:
         path = files[name]
-        if (
-            path == own[name] or not path.is_file()
-        ):  # a cached file is found by what it was made of, and may be given up
+        # a cached file is found by what it was made of, and may be given up
+        if path == own[name] or not path.is_file():
             if any(_identity(each) != identities[each] for each in (own[name], weights)):
                 raise PackageError(f"{folder} was replaced or removed while it was open; load it again.")
             path = own[name]
         watching = active()
         options = session_options(settings)
+        _as_it_is(options, path, own[name])
         if watching is not None:
             watching.prepare(options)
         session = open_session(path, options, device.providers)
@@ -124,6 +125,12 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
     return Sessions(sessions, late)
+
+
+def _as_it_is(options: Any, path: Path, own: Path) -> None:
+    """A cached graph (`path`, not the package's `own`) is optimised already: looking for more takes time and finds nothing."""
+    if path != own:
+        options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
