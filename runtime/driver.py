@@ -54,7 +54,7 @@ class Driver:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """The engine with no slot held and no step in progress meanwhile.
+        """The engine with no slot held and no step in progress meanwhile; slot 0 may be written.
 
         Nothing is admitted from the call on: running requests end, queued ones wait, so it comes about however busy the
         engine is.
@@ -72,6 +72,8 @@ class Driver:
         try:
             yield
         finally:
+            if self.engine is not None:
+                self.engine.leave_rest()
             with self._turn:
                 self._busy = False
                 self._resting -= 1

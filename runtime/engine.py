@@ -261,7 +261,9 @@ class Engine:
             self.scheduler.pool.move(sequence, slot)
             self._free_slots()
         for twin, sequence in plan.forks:
-            assert twin.slot is not None and sequence.slot is not None
+            if sequence.slot is None:  # a sibling's failure has just ended its request
+                continue
+            assert twin.slot is not None
             self.backend.copy_slot(twin.slot, sequence.slot, sequence.num_prompt)
             if sequence.num_output:  # it was preempted, and goes on from its own tokens
                 take_back(sequence, self.prefix_cache)
@@ -304,6 +306,11 @@ class Engine:
             if self.prefix_cache is not None:
                 self.prefix_cache.forget_ended()
             self._free_slots()
+
+    def leave_rest(self) -> None:
+        """No slot is held, and slot 0 was used by others than requests: its memory goes back where it is counted."""
+        if self.scheduler.room is not None:
+            self.backend.free(0)
 
     def _free_slots(self) -> None:
         """Give back the memory of slots that were left. Where they are allocated whole there is none to give back."""

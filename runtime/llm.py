@@ -269,8 +269,6 @@ class LLM(EncoderMethods, ScoringMethods, ChatMethods):
                 self.backend.prefill(0, np.zeros(min(2, count), np.int64), 0, np.zeros(1, np.int64))
             self.backend.prefill(0, np.zeros(count, np.int64), 0, np.zeros(1, np.int64))
             self.backend.decode(np.zeros(1, np.int64), np.full(1, count))
-            if self.backend.kv_budget is not None:
-                self.backend.free(0)
 
     # -- requests -----------------------------------------------------------------------------------------------------
 

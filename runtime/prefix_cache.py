@@ -89,14 +89,18 @@ class PrefixCache:
         start, end = sequence.num_prompt, sequence.num_cached
         if end <= start:
             return
+        one = sum(array.nbytes for array in self._backend.read_state(slot, start, start + 1))
+        size = one * (end - start)
+        others = sum(block.num_bytes for _, block in self._parked.values())
+        if others + size > self.max_bytes:  # no block needs to go for it
+            return
+        self._make_room(size, set())
         try:
             state = self._backend.read_state(slot, start, end)
         except MemoryError:
             return
-        size = sum(array.nbytes for array in state)
-        if self._make_room(size, set()):
-            self._parked[sequence] = (end, _Block(state, size))
-            self.num_bytes += size
+        self._parked[sequence] = (end, _Block(state, size))
+        self.num_bytes += size
 
     def unpark(self, sequence: Sequence) -> None:
         """Put the state of the sequence's output behind that of its prompt, if it was kept."""

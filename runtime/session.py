@@ -227,6 +227,8 @@ class Session:
         self._tokens = list(sequence.tokens)
         if sequence.slot is None:
             return
+        if sequence.recomputed:
+            self._parked.cut(0)  # what was restored is no longer what the slot holds
         try:
             self._parked.keep(backend, sequence.slot, sequence.num_cached)
         except MemoryError:

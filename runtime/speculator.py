@@ -174,7 +174,8 @@ class Speculator:
             self._judge_batch({s: guesses.get(s, []) for s in together}, lengths(), take, masks)
             return [s for s in sequences if s not in together]
         for sequence, guessed in guesses.items():
-            assert sequence.slot is not None
+            if sequence.slot is None:  # a sibling's failure has just ended its request
+                continue
             ids = np.array([sequence.tokens[-1], *(g.token for g in guessed)], np.int64)
             plain = all(_judged_plainly(guess, sequence.params) for guess in guessed)
             with span("verify"), _ahead({sequence: guessed}, masks):
@@ -210,7 +211,8 @@ class Speculator:
         with span("verify"), _ahead(guesses, masks):
             logits = self._backend.verify(ids, lengths, counts)
         for sequence, guessed in guesses.items():
-            assert sequence.slot is not None
+            if sequence.slot is None:  # a sibling's failure has just ended its request
+                continue
             self._judge(sequence, guessed, HostLogits(logits[sequence.slot]), take)
 
     def _judge(self, sequence: Sequence, guesses: list[Guess], rows: StepLogits, take: Take) -> None:

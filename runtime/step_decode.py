@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,8 +45,10 @@ class DecodeStage:
             ran = [s for s in behind if (self._prefill.replay(s) if s.replaying else self._prefill.catch_up(s))]
             known = [s for s in behind if s not in ran and s.slot is not None]
             sequences = [s for s in sequences if s.slot is not None and s not in behind]
-            if not sequences and not known:
-                return
+        if self.scheduler.room is not None and any(s.request.beams is not None for s in sequences):
+            sequences = _whole(sequences)
+        if not sequences and not known:
+            return
         start = time.perf_counter()
         self._decode_rows(sequences, known)
         if self.speculator is not None and not behind:
@@ -60,6 +63,7 @@ class DecodeStage:
             rest = self.speculator.run(sequences, lambda: self._lengths(rows, []), self.output.take, self.masks)
             if rest is not sequences:
                 sequences = [s for s in rest if s.slot is not None]
+                known = [s for s in known if s.slot is not None]  # else a sibling's failure has just ended its request
                 if not sequences and not known:
                     return
         if self.backend.recompute_at is not None:
@@ -116,6 +120,12 @@ class DecodeStage:
 
 def _slots(sequences: list[Sequence]) -> list[int]:
     return [s.slot for s in sequences if s.slot is not None]
+
+
+def _whole(sequences: list[Sequence]) -> list[Sequence]:
+    """Without the beams of a search of which not all can take this step: after a preemption one is back before the other."""
+    present = Counter(s.request.id for s in sequences)
+    return [s for s in sequences if s.request.beams is None or present[s.request.id] == len(s.request.beams.beams)]
 
 
 class _Batch:

@@ -59,11 +59,15 @@ class ServeConfig(BaseModel):
         None, ge=1, le=64, description="Guesses a pass; default: as many as pay, none where none do."
     )
     prefix_cache: float = Field(
-        512.0, ge=0, description="Megabytes for the state of prompt prefixes that later prompts share; 0: none."
+        512.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Megabytes for the state of prompt prefixes that later prompts share; 0: none.",
     )
     kv_cache_memory: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="Megabytes for the state of all slots together; the youngest requests wait while older ones need them.",
     )
     max_queue: int = Field(64, ge=0, description="Requests that may wait for a slot; the next gets 429 at once.")

@@ -176,6 +176,8 @@ def test_waiting_for_rest_does_not_spin() -> None:
         has_work = True  # something is queued that may not be admitted
 
         class scheduler:  # noqa: N801
+            room = None
+
             class pool:  # noqa: N801
                 @staticmethod
                 def held() -> list[object]:

@@ -19,7 +19,7 @@ from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.outputs import StreamPiece
 from llmx.runtime.pace import Costs
 from llmx.runtime.scheduler import Request
-from llmx.runtime.speculation import PromptLookup
+from llmx.runtime.speculation import Guess, PromptLookup
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.state import StatePool, plan_state
 from llmx.runtime.tokenizer import Tokenizer
@@ -154,6 +154,82 @@ def test_beams_go_together_and_come_back_together() -> None:
     assert small.scheduler.num_preempted == 2
 
 
+@pytest.mark.parametrize("beams", [2, 3])
+@pytest.mark.parametrize("prompt", [6, 9])
+@pytest.mark.parametrize("cached", [0, 14 * 8, 100 * 8])
+def test_beams_that_come_back_at_different_steps_wait_for_each_other(beams: int, prompt: int, cached: int) -> None:
+    """Each computes the prompt by itself, and some find their output kept and some not."""
+
+    def search(engine: Engine) -> list[Any]:
+        engine.add(None, [9, 8, 7], greedy(max_tokens=18))
+        request = engine.add(None, list(range(1, prompt + 1)), greedy(max_tokens=10, num_beams=beams, n=beams))
+        run(engine)
+        assert request.error is None
+        return [(s.output_ids, s.score) for s in request.sequences]
+
+    positions = (prompt + 11) * beams + 5 - beams  # the search alone fits
+    small = make_engine(positions, slots=5, cached=cached)
+    assert search(small) == search(make_engine(5 * 24, slots=5))
+    assert small.scheduler.num_preempted >= beams
+
+
+class Guesses:
+    """Guesses for the sequences of one request alone."""
+
+    steady = True
+    request: Any = None
+
+    def propose(self, wanted: list[tuple[Any, int]]) -> list[list[Guess]]:
+        return [[Guess(1)] if sequence.request is self.request else [] for sequence, _ in wanted]
+
+    def close(self) -> None:
+        pass
+
+
+def breaks(token: int) -> str:
+    raise ValueError("broken")
+
+
+@pytest.mark.parametrize("where", ["a fork", "a pass over many", "a pass over one", "beside what comes back"])
+def test_a_fault_ends_its_request_alone_siblings_in_the_same_step_included(where: str) -> None:
+    backend = Model(5, 48, VOCAB, kv_positions=81)
+    backend.verifies_batches = where == "a pass over many"
+    guesses = Guesses()
+    speculator = Speculator(Speculation(prompt_lookup=True, num_tokens=1), backend, guesses)
+    engine = Engine(backend, Traffic.tokenizer, CHUNK, speculator=speculator)
+    others = [engine.add(None, list(range(1, 21)), greedy(max_tokens=16))]
+    request = guesses.request = engine.add(None, [1, 2, 3], greedy(max_tokens=40, n=3 if where == "a fork" else 2))
+    one, two = request.sequences[:2]
+    if where == "beside what comes back":
+        while two.slot is None or not two.replaying:
+            engine.step()
+    others.append(engine.add(None, [4, 4, 5], greedy(max_tokens=20)))
+    while where != "a fork" and not (two.num_output and others[-1].sequences[0].num_output):
+        engine.step()
+    assert two.replaying == (where == "beside what comes back") and one.finish_reason is None
+    broken = two if where == "a fork" else one
+    broken.detokenizer.push = breaks  # type: ignore[method-assign]
+    run(engine)
+    assert str(request.error) == "broken"
+    for other in others:
+        assert other.error is None
+        output = other.sequences[0].output_ids
+        assert output == Model(1, 48, VOCAB).greedy(other.prompt_ids, len(output)) and len(output) in (16, 20)
+
+
+def test_an_output_too_large_to_keep_costs_no_prefix() -> None:
+    kept = []
+    for cached in (6 * 8, 8 * 8):
+        engine = make_engine(positions=28, slots=2, cached=cached)
+        for i in range(2):
+            engine.add(None, [1, 2, 3, 4, 5 + i], greedy(max_tokens=15))
+        while not engine.scheduler.num_preempted:
+            engine.step()
+        assert engine.prefix_cache is not None
+        kept.append((len(engine.prefix_cache), len(engine.prefix_cache._parked)))
+    assert kept == [(1, 0), (0, 1)]
+
+
 def test_what_can_never_run_is_refused() -> None:
     engine = make_engine(positions=30)
     with pytest.raises(ContextLengthError, match="24 tokens and the context holds 24"):
@@ -247,3 +323,10 @@ def test_a_session_keeps_what_it_said_where_it_was_preempted_and_left(demo: Path
         said = len(session._request.sequences[0].output_ids)  # type: ignore[union-attr]
         stream.close()
         assert said > 10 and len(session.append([]).tokens) == 20 + said
+
+
+def test_scoring_gives_its_memory_back(demo: Path) -> None:
+    bound = load_manifest(demo).state_bytes_per_token() * 200
+    with LLM(demo, slots=2, max_length=128, kv_cache_memory_bytes=bound) as llm:
+        llm.score([5] * 120)
+        assert resident(llm.backend._state) == 0  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ from llmx.runtime.engine import Engine
 from llmx.runtime.fake_backend import FakeBackend
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.params import SamplingParams
+from llmx.runtime.parked_state import Part, PositionState
+from llmx.runtime.session import Session
 from llmx.runtime.tokenizer import Tokenizer
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models
@@ -70,3 +72,18 @@ def test_a_sibling_does_not_copy_state_that_was_computed_anew() -> None:
     forks = [anew for copied, anew in backend.copies if copied == length]
     assert forks and not any(forks)
     assert any(prompt_length == AT + 1 for *_, prompt_length in backend.calls)
+
+
+def test_a_session_keeps_nothing_of_what_was_there_before() -> None:
+    """Its second answer grows past the length: what it had kept of the first is not what the slot holds any more."""
+    backend, session = Recorded(), object.__new__(Session)
+    session._parked = PositionState([Part(0, 4, [np.array([99, 99, 99, 99])])], 4)
+    raw = RawTokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
+    engine = Engine(backend, Tokenizer(raw, TokenizerInfo()), 4)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    session.restore = lambda backend, sequence: 0  # type: ignore[method-assign]
+    engine.add(None, [1, 2, 3, 4, 5], params.resolved({}), session=session)
+    while engine.has_work:
+        engine.step()
+    assert backend.anew and [part.start for part in session._parked.parts] == [0]
+    assert session._parked.parts[0].arrays[0].tolist() == session.tokens[:10]

@@ -25,6 +25,7 @@ from llmx.runtime import LLM, RequestError, SamplingParams
 from llmx.serve import ServeConfig, load_models, sse
 from llmx.serve.sse import ClientGoneError, EventStream
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 Serving = Callable[..., Running]
 LONG = {"prompt": "ROMEO:", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
@@ -449,6 +450,9 @@ def test_what_memory_does_not_hold_waits_and_says_the_same(serving: Serving, eng
 def test_memory_for_less_than_one_request_is_refused(demo: Path) -> None:
     with pytest.raises(RequestError, match="must hold a sequence of max_length 256"):
         load_models(ServeConfig(onnx=[str(demo)], max_length=256, kv_cache_memory=0.5))
+    for name in ("kv_cache_memory", "prefix_cache"):
+        with pytest.raises(ValidationError, match="finite number"):
+            ServeConfig(onnx=[str(demo)], **{name: float("inf")})
 
 
 def counted(server: Running, name: str) -> float:
