@@ -108,7 +108,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
     },
-    "nemo_speechlm": {"head_config": {"audio_hidden_size": 64}},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": VOCAB - 1},
     "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "gemma4_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"text_config": _ASSISTANT, "backbone_hidden_size": 64},
@@ -116,12 +117,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def shrink(model_type: str, decoder: bool = True) -> Any:
-    """The small config of `model_type`; nested configs are shrunk with it. `decoder`: causal, where that is a field."""
+    """The small config of `model_type`; nested configs are shrunk with it. `decoder`: causal or not, where that is a field."""
     from transformers import CONFIG_MAPPING
 
     config = _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
-    if decoder and getattr(config, "is_decoder", None) is False:
-        config.is_decoder = True
+    if getattr(config, "is_decoder", decoder) is not decoder:
+        config.is_decoder = decoder
     return config
 
 
