@@ -121,7 +121,7 @@ def shrink(model_type: str, decoder: bool = True) -> Any:
     from transformers import CONFIG_MAPPING
 
     config = _shrunk(CONFIG_MAPPING[model_type], OVERRIDES.get(model_type, {}))
-    if getattr(config, "is_decoder", decoder) is not decoder:
+    if getattr(config, "is_decoder", None) is (not decoder):
         config.is_decoder = decoder
     return config
 
