@@ -80,8 +80,7 @@ def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Repor
     report.tolerance = pair.tolerance
     stage("Reading the quantized weights")
     try:
-        matrices = quantized_matrices(pair.folder, pair.manifest)
-        use_package_weights(pair.model, matrices)
+        use_package_weights(pair.model, quantized_matrices(pair.folder, pair.manifest))
     except VerificationError as error:
         pair.fail(report, str(error))
         return report
@@ -94,7 +93,7 @@ def _compare_quantized(pair: Pair, compare_family: Callable[[Pair, Stage], Repor
     if checked.passed and "append" in pair.manifest.graphs:
         stage("Comparing prompts with PyTorch")
         try:
-            check_prompts(pair.folder, pair.manifest, pair.model, matrices)
+            check_prompts(pair.folder, pair.manifest, pair.model)
         except VerificationError as error:
             pair.fail(report, str(error))
     return report

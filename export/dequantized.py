@@ -12,11 +12,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,7 @@ import torch
 from llmx.export.blocks import Blocks, Scheme, unpacked
 from llmx.export.experts import from_operator, to_operator
 from llmx.export.quantized_graph import PREFIX
+from llmx.export.values import take_name
 from llmx.runtime.errors import VerificationError
 from llmx.runtime.manifest import MANIFEST_FILE, FileInfo, Manifest
 
@@ -100,6 +101,36 @@ def use_package_weights(model: Any, matrices: dict[str, StoredMatrix], check: bo
 
     Raises VerificationError where a matrix is not the model's, rounded (`check`).
     """
+    for name, matrix, error in overwritten(model, matrices):
+        bits = matrix.scheme.bits
+        if check and not error <= _LARGEST_ERROR[bits]:
+            raise VerificationError(
+                f"The quantized {name} is not its source rounded to {bits} bits: they lie {error:.2g} of its norm apart "
+                f"(at most {_LARGEST_ERROR[bits]:g} is rounding)."
+            )
+
+
+class Matrix(Protocol):
+    """Something that stands for float32 [rows, columns], several parameters' below each other perhaps."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def rows(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(offset from `first`, float32 [n, columns]) of `count` rows (None: all), a few after the other."""
+        ...
+
+
+M = TypeVar("M", bound=Matrix)
+
+
+def overwritten(model: Any, matrices: Mapping[str, M]) -> Iterator[tuple[str, M, float]]:
+    """Overwrite the float32 `model`'s parameters, one after another, with what `matrices` hold for them (by their names, joined by
+    `+` where they lie below each other): each one's name and matrix, and how far the two lay apart, as a part of the old
+    one's norm.
+
+    Raises VerificationError where the numbers of rows differ.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {
         f"{name}.{part}": module
@@ -110,19 +141,13 @@ def use_package_weights(model: Any, matrices: dict[str, StoredMatrix], check: bo
         names = joined.split("+")
         first = 0
         for name in names:
-            error = _overwrite(owners[name], name.rpartition(".")[2], parameters[name].data, matrix, first)
+            yield name, matrix, _overwrite(owners[name], name.rpartition(".")[2], parameters[name].data, matrix, first)
             first += parameters[name].numel() // matrix.shape[1]
-            bits = matrix.scheme.bits
-            if check and not error <= _LARGEST_ERROR[bits]:
-                raise VerificationError(
-                    f"The quantized {name} is not its source rounded to {bits} bits: they lie {error:.2g} of its norm apart "
-                    f"(at most {_LARGEST_ERROR[bits]:g} is rounding)."
-                )
         if first != matrix.shape[0]:
             raise VerificationError(f"{joined} has {first} rows in PyTorch and {matrix.shape[0]} in the package.")
 
 
-def _overwrite(owner: Any, part: str, target: torch.Tensor, matrix: StoredMatrix, first: int) -> float:
+def _overwrite(owner: Any, part: str, target: torch.Tensor, matrix: Matrix, first: int) -> float:
     """Replace parameter `part` of module `owner` by the matrix' rows from `first` on; how far the two lay apart, as a part of
     the old one's norm.
     """
@@ -203,9 +228,7 @@ def _without_int8_activations(model: ir.Model, node: ir.Node) -> None:
     ]
     plain = ir.Node("com.microsoft", "MoE", inputs, attributes, num_outputs=1)
     model.graph.insert_before(node, plain)
-    plain.outputs[0].name, old = node.outputs[0].name, node.outputs[0]
-    plain.outputs[0].type, plain.outputs[0].shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, plain.outputs[0], replace_graph_outputs=True)
+    take_name(node.outputs[0], plain.outputs[0])
     model.graph.remove(node, safe=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,11 @@ def _verified(
     with exact_copy(folder, manifest) as (exact_folder, exact):
         checked = _compared(exact, exact_folder, checkpoint, options, load_rounded, reporter)
     if "append" in manifest.graphs:
-        check_prompts(folder, manifest, load_rounded(), matrices)
+        check_prompts(folder, manifest, load_rounded())
     manifest = replace(checked, files=manifest.files)
     if manifest.family == "decoder":
-        quality = _quality(
-            manifest, folder, load, matrices, options.quantize.quality_file if options.quantize else None
-        )
+        file = options.quantize.quality_file if options.quantize else None
+        quality = _quality(manifest, folder, load(), matrices, file)
         manifest = replace(manifest, quantization={**(manifest.quantization or {}), "quality": quality})
     return manifest
 
@@ -146,23 +146,22 @@ def _compared(
 
 
 def _quality(
-    manifest: Manifest, folder: Path, load: Callable[[], Any], matrices: dict[str, StoredMatrix], file: Path | None
+    manifest: Manifest, folder: Path, model: Any, matrices: dict[str, StoredMatrix], file: Path | None
 ) -> dict[str, Any]:
-    """What quantization costs a decoder (llmx.export.quality), and on which text."""
+    """What quantization costs a decoder (llmx.export.quality), and on which text. `model`, the source in float32, is left with the
+    package's `matrices`.
+    """
     longest = min(manifest.model.context_length, _LONGEST)
-    texts = written_by(load(), longest) if file is None else [read_ids(folder, manifest, file)]
-
-    def quality(measured: Manifest) -> dict[str, Any]:
-        backend = open_backend(folder, measured, device="cpu", max_length=longest, mapped_cache=False)
-        try:
-            return decoder_quality(backend, load(), matrices, texts)
-        finally:
-            backend.close()
-
-    found = {"text": "written by the model" if file is None else file.name}
-    append = manifest.graphs.get("append")
-    if append is None:
-        return found | quality(manifest)
-    # what decoding computes, and apart from it what prompts do, whose products are others
-    same = {name: graph for name, graph in manifest.graphs.items() if name != "append"} | {"prefill": append}
-    return found | quality(replace(manifest, graphs=same)) | {"prompts": quality(manifest)}
+    texts = written_by(model, longest) if file is None else [read_ids(folder, manifest, file)]
+    measured, append = {"": manifest}, manifest.graphs.get("append")
+    if append is not None:
+        # what decoding computes, and apart from it what prompts do, whose products are others
+        same = {name: graph for name, graph in manifest.graphs.items() if name != "append"} | {"prefill": append}
+        measured = {"": replace(manifest, graphs=same), "prompts": manifest}
+    with ExitStack() as stack:
+        backends = [
+            stack.enter_context(closing(open_backend(folder, each, "cpu", longest, mapped_cache=False)))
+            for each in measured.values()
+        ]
+        found = dict(zip(measured, decoder_quality(backends, model, matrices, texts), strict=True))
+    return {"text": "written by the model" if file is None else file.name, **found.pop(""), **found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from llmx.export.values import constant
 from llmx.runtime.candidates import NUM_TOP
 from onnx_ir.passes import InPlacePass, PassResult
 
@@ -21,7 +22,7 @@ class GreedyTokens(InPlacePass):
         if logits.dtype == ir.DataType.BFLOAT16:  # no ArgMax in bfloat16
             nodes.append(ir.node("Cast", [logits], {"to": ir.DataType.FLOAT.value}))
             scores = nodes[-1].outputs[0]
-        axis = _constant(model, "greedy_axis", np.array([2], np.int64))
+        axis = constant(model.graph, "greedy_axis", np.array([2], np.int64))
         nodes.append(ir.node("ArgMax", [scores], {"axis": 2, "keepdims": 0}))
         tokens = nodes[-1].outputs[0]
         nodes.append(ir.node("Unsqueeze", [tokens, axis]))
@@ -55,7 +56,7 @@ class Feedback(InPlacePass):
             return nodes[-1].outputs[0]
 
         tokens = next(value for value in graph.outputs if value.name == "next_input_ids")
-        one = _constant(model, "greedy_one", np.array(1, np.int64))
+        one = constant(model.graph, "greedy_one", np.array(1, np.int64))
         ones = add("Clip", [tokens, one, one])  # [batch, 1] of 1, after the tokens
         flat = None
         for value in graph.inputs:
@@ -64,7 +65,7 @@ class Feedback(InPlacePass):
             assert value.name is not None and value.dtype is not None and value.shape is not None
             step = ones
             if len(value.shape) == 1:
-                shape = _constant(model, "greedy_flat", np.array([-1], np.int64))
+                shape = constant(model.graph, "greedy_flat", np.array([-1], np.int64))
                 flat = flat or add("Cast", [add("Reshape", [ones, shape])], to=value.dtype.value)
                 step = flat
             following.append((value, add("Add", [value, step])))
@@ -74,15 +75,6 @@ class Feedback(InPlacePass):
             shape_of = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
             _output(model, after, f"next_{value.name}", value.dtype, shape_of)
         return PassResult(model, modified=True)
-
-
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    model.graph.register_initializer(value)
-    return value
 
 
 def candidates_graph(vocab: int, dtype: ir.DataType) -> ir.Model:
@@ -98,13 +90,15 @@ def candidates_graph(vocab: int, dtype: ir.DataType) -> ir.Model:
         graph.append(ir.node(op, inputs, attributes, num_outputs=num_outputs))
         return graph[-1]
 
-    rows = add("Reshape", [logits, _constant(model, "rows", np.array([-1, vocab], np.int64))]).outputs[0]
+    rows = add("Reshape", [logits, constant(model.graph, "rows", np.array([-1, vocab], np.int64))]).outputs[0]
     if dtype != ir.DataType.FLOAT:
         rows = add("Cast", [rows], to=ir.DataType.FLOAT.value).outputs[0]
-    count = _constant(model, "count", np.array([min(NUM_TOP, vocab)], np.int64))
+    count = constant(model.graph, "count", np.array([min(NUM_TOP, vocab)], np.int64))
     top = add("TopK", [rows, count], 2, axis=-1, largest=1, sorted=1)
-    last = _constant(model, "last_axis", np.array([1], np.int64))
-    first = add("Slice", [top.outputs[0], *(_constant(model, f"n{n}", np.array([n], np.int64)) for n in (0, 1, 1))])
+    last = constant(model.graph, "last_axis", np.array([1], np.int64))
+    first = add(
+        "Slice", [top.outputs[0], *(constant(model.graph, f"n{n}", np.array([n], np.int64)) for n in (0, 1, 1))]
+    )
     shifted = add("Sub", [rows, first.outputs[0]])
     column = add("Unsqueeze", [temperature, last])
     scaled = add("Div", [shifted.outputs[0], column.outputs[0]])

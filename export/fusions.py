@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from llmx.export.values import take_over
 from onnx_ir.passes import InPlacePass, PassResult
 
 MICROSOFT = "com.microsoft"
@@ -82,7 +83,7 @@ class RmsNorm(InPlacePass):
         attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
         fused = ir.node("SimplifiedLayerNormalization", [source, weight], attributes)
         model.graph.insert_before(scaled, fused)
-        _take_over(scaled.outputs[0], fused.outputs[0])
+        take_over(scaled.outputs[0], fused.outputs[0])
         return True
 
 
@@ -106,8 +107,8 @@ class SkipRmsNorm(InPlacePass):
             if node.inputs[1] is not None and node.inputs[1].producer() is not None:
                 continue
             model.graph.insert_before(add, fused)
-            _take_over(node.outputs[0], fused.outputs[0])
-            _take_over(add.outputs[0], fused.outputs[3])
+            take_over(node.outputs[0], fused.outputs[0])
+            take_over(add.outputs[0], fused.outputs[3])
             model.graph.remove([node, add], safe=False)
             modified = True
         if modified:
@@ -120,12 +121,6 @@ def _same_shape(left: ir.Value | None, right: ir.Value | None) -> bool:
     if left is None or right is None or left.shape is None or right.shape is None:
         return False
     return len(left.shape) == 3 and [str(d) for d in left.shape] == [str(d) for d in right.shape]
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """`new` stands wherever `old` stood, with its type and shape."""
-    new.type, new.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 class RotaryInAttention(InPlacePass):

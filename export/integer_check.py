@@ -6,6 +6,8 @@ the integer forms must equal the graph but for what the digits of activations le
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from llmx.export.dequantized import StoredMatrix, array_of, exact_copy
+from llmx.export.dequantized import array_of, exact_copy, overwritten
 from llmx.export.differences import Differences
 from llmx.export.perplexity import perplexity
 from llmx.runtime.backend import open_backend
@@ -29,13 +31,16 @@ _TOLERANCE = 0.02
 _LENGTHS, _CHUNK = (70, 45), 40  # tokens of the random prompts, cut after so many
 
 
-def check_prompts(folder: Path, manifest: Manifest, model: Any, matrices: dict[str, StoredMatrix]) -> None:
-    """Raises VerificationError where prompts are computed wrongly. `model`, PyTorch's in float32 with the package's `matrices`,
+def check_prompts(folder: Path, manifest: Manifest, model: Any) -> None:
+    """Raises VerificationError where prompts are computed wrongly. `model`, PyTorch's in float32 with the package's matrices,
     is left with their integer forms.
     """
-    forms = _integer_forms(folder, manifest)
-    _check_forms(forms, matrices)
-    _use_forms(model, forms)
+    for name, _, error in overwritten(model, _integer_forms(folder, manifest)):
+        if not error <= _LARGEST_ERROR:
+            raise VerificationError(
+                f"The int8 form of {name}, by which prompts are computed, is not the matrix: they lie {error:.2g} of its norm "
+                f"apart (at most {_LARGEST_ERROR:g} is rounding); --quantize-prompts same exports without it."
+            )
     room = min(max(_LENGTHS), manifest.model.context_length)
     random = np.random.default_rng(0)
     highest = min(manifest.model.vocab_size, model.get_input_embeddings().weight.shape[0])
@@ -54,55 +59,30 @@ def check_prompts(folder: Path, manifest: Manifest, model: Any, matrices: dict[s
         )
 
 
-def _integer_forms(folder: Path, manifest: Manifest) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """int8 [columns, rows] and float32 [rows] of each form, by the names of the parameters below each other in it."""
+@dataclass(frozen=True)
+class _Form:
+    """A matrix as products of integers have it: int8 [columns, rows] and float32 [rows]."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.scales), len(self.codes)
+
+    def rows(self, first: int = 0, count: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """`Matrix.rows`."""
+        part = slice(first, None if count is None else first + count)
+        yield 0, torch.from_numpy(self.codes[:, part].T.astype(np.float32) * self.scales[part, None])
+
+
+def _integer_forms(folder: Path, manifest: Manifest) -> dict[str, _Form]:
+    """By the names of the parameters below each other in it, joined by `+`."""
     forms = {}
     for node in ir.load(folder / manifest.graphs["prefill"].file).graph:
         if node.op_type == "MatMulIntegerToFloat":
-            codes = node.inputs[1]
-            integers, scales = array_of(codes), array_of(node.inputs[3])
-            assert codes is not None and codes.name is not None and integers is not None and scales is not None
-            forms[codes.name.removesuffix(".int8")] = (integers, scales)
+            value = node.inputs[1]
+            codes, scales = array_of(value), array_of(node.inputs[3])
+            assert value is not None and value.name is not None and codes is not None and scales is not None
+            forms[value.name.removesuffix(".int8")] = _Form(codes, scales)
     return forms
-
-
-def _rows(form: tuple[np.ndarray, np.ndarray], start: int, count: int) -> torch.Tensor:
-    """float32 [n, columns]: the n <= count outputs from `start` on."""
-    part = slice(start, start + count)
-    return torch.from_numpy(form[0][:, part].T.astype(np.float32) * form[1][part, None])
-
-
-def _check_forms(forms: dict[str, tuple[np.ndarray, np.ndarray]], matrices: dict[str, StoredMatrix]) -> None:
-    left = dict(forms)
-    for joined, matrix in matrices.items():
-        members, first = joined.split("+"), 0
-        places = {name: members.index(name.split("+")[0]) for name in left if set(name.split("+")) <= set(members)}
-        for name in sorted(places, key=places.__getitem__):
-            form = left.pop(name)
-            difference = norm = 0.0
-            for start, rows in matrix.rows(first, len(form[1])):
-                difference += float((rows - _rows(form, start, len(rows))).double().square().sum())
-                norm += float(rows.double().square().sum())
-            first += len(form[1])
-            if not difference**0.5 <= _LARGEST_ERROR * norm**0.5:
-                raise VerificationError(
-                    f"The int8 form of {name}, by which prompts are computed, is not the matrix: they lie "
-                    f"{(difference / max(norm, 1e-30)) ** 0.5:.2g} of its norm apart (at most {_LARGEST_ERROR:g} is rounding); "
-                    "--quantize-prompts same exports without it."
-                )
-    if left:
-        raise VerificationError(f"{next(iter(left))} has an int8 form and no other in the package.")
-
-
-def _use_forms(model: Any, forms: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Overwrite the matrices of PyTorch's `model` with their integer forms."""
-    from transformers.pytorch_utils import Conv1D
-
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    for joined, form in forms.items():
-        first = 0
-        for name in joined.split("+"):
-            target = parameters[name].data.T if name in turned else parameters[name].data
-            target.copy_(_rows(form, first, len(target)))
-            first += len(target)

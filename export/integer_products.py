@@ -21,7 +21,9 @@ import onnx_ir as ir
 import torch
 from llmx.export.fusions import MICROSOFT
 from llmx.export.quantization import Plan, QuantizedWeight, side_by_side
+from llmx.export.values import constant, take_name
 from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 _DIGIT = 63  # the largest digit
 _ZERO = 64  # what digit 0 is stored as
@@ -80,17 +82,15 @@ class IntegerProducts(InPlacePass):
             split = _split(node.outputs[0], weight) if bias is None else None
             if split is not None:
                 for member, part in zip(weight.below_each_other, split.outputs, strict=True):
-                    _put(part, self._product(made, row, member))
+                    take_name(part, self._product(made, row, member))
                 model.graph.remove([node, split], safe=True)
             else:
                 product = self._product(made, row, weight)
-                _put(node.outputs[0], product if bias is None else made.node("Add", [product, bias]))
+                take_name(node.outputs[0], product if bias is None else made.node("Add", [product, bias]))
                 model.graph.remove(node, safe=True)
             modified = True
         if modified:
-            for name, value in list(model.graph.initializers.items()):
-                if not value.uses() and not value.is_graph_output():
-                    del model.graph.initializers[name]
+            RemoveUnusedNodesPass()(model)  # codes that nothing reads any more
         return PassResult(model, modified=modified)
 
     def _row(self, model: ir.Model, node: ir.Node) -> _Row:
@@ -125,13 +125,6 @@ def _split(product: ir.Value, weight: QuantizedWeight) -> ir.Node | None:
     return split if len(split.outputs) == len(wanted) and len(set(wanted)) == 1 else None
 
 
-def _put(old: ir.Value, new: ir.Value) -> None:
-    """`new` in the place of `old`, with its name."""
-    new.type, new.shape, name = old.type, old.shape, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = None, name
-
-
 class _Nodes:
     """Nodes put before a given one."""
 
@@ -145,12 +138,7 @@ class _Nodes:
 
     def constant(self, array: np.ndarray) -> ir.Value:
         name = f"llmx.constant.{array.dtype}.{'_'.join(str(v) for v in np.atleast_1d(array).tolist())}"
-        known = self._graph.initializers.get(name)
-        if known is None:
-            tensor = ir.tensor(array, name=name)
-            known = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-            self._graph.register_initializer(known)
-        return known
+        return constant(self._graph, name, array)
 
     @property
     def zero(self) -> ir.Value:

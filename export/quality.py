@@ -8,6 +8,7 @@ of it that rounding activations to int8 makes, which must stay small for the gra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,17 +39,27 @@ _LONGEST = 1024  # tokens of a given text
 
 
 def decoder_quality(
-    backend: Backend, model: Any, matrices: dict[str, StoredMatrix], texts: list[np.ndarray]
-) -> dict[str, Any]:
-    """KL(source ‖ package) in nats, agreement of best tokens and both perplexities on `texts` (int64 [n] each).
+    backends: Sequence[Backend], model: Any, matrices: dict[str, StoredMatrix], texts: list[np.ndarray]
+) -> list[dict[str, Any]]:
+    """Of each backend, which run one package: KL(source ‖ package) in nats, agreement of best tokens and both perplexities on
+    `texts` (int64 [n] each).
 
     `model`, the source in float32, is left with the package's `matrices`. Raises VerificationError where the package differs from
     PyTorch with those by more than `COMPUTE_TOLERANCE` at half of the positions.
     """
-    llm = SimpleNamespace(backend=backend, prefill_chunk=_CHUNK, max_length=backend.max_length)
-    whole, pytorch, onnx = _compare(llm, model, texts, math.inf)
+    llms = [
+        SimpleNamespace(backend=backend, prefill_chunk=_CHUNK, max_length=backend.max_length) for backend in backends
+    ]
+    whole = [_compare(llm, model, texts, math.inf) for llm in llms]
     use_package_weights(model, matrices)
-    compute, _, _ = _compare(llm, model, texts, COMPUTE_TOLERANCE)
+    return [
+        _facts(*compared, _compare(llm, model, texts, COMPUTE_TOLERANCE)[0])
+        for llm, compared in zip(llms, whole, strict=True)
+    ]
+
+
+def _facts(whole: Differences, pytorch: float, onnx: float, compute: Differences) -> dict[str, Any]:
+    """The differences to the source, both perplexities, and the differences to PyTorch with the package's weights."""
     if compute.first is not None and compute.failed > compute.positions / 2:
         raise VerificationError(
             f"ONNX and PyTorch with the same quantized weights disagree by more than int8 activations explain: {compute.first.sentence}."

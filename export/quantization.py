@@ -244,7 +244,7 @@ def describe_quantization(
     sizes: Counter[Scheme] = Counter()
     for weight in weights:
         if id(parameters[weight.name]) not in ends or len(weights) == len(head):
-            sizes[weight.scheme] += weight.shape[0] * weight.shape[1]
+            sizes[weight.scheme] += num_values(weight)
     [(scheme, _)] = sizes.most_common(1)
     methods = {"rtn": "round-to-nearest", "gptq": "gptq"}
     return {
@@ -254,7 +254,7 @@ def describe_quantization(
         "symmetric": scheme.symmetric,
         "head_bits": max(head, default=None),
         "matrices": len(weights),
-        "parameters": sum(weight.shape[0] * weight.shape[1] for weight in weights),
+        "parameters": sum(map(num_values, weights)),
         "bytes": sum(sum(weight.sizes.values()) for weight in weights),
     }
 

@@ -7,6 +7,7 @@ from llmx.export.fusions import MICROSOFT
 from llmx.export.integer_products import IntegerProducts
 from llmx.export.packed import parameter_names
 from llmx.export.quantization import Plan, QuantizedWeight, side_by_side
+from llmx.export.values import take_name
 from llmx.export.weights import SourceModel
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
@@ -159,11 +160,8 @@ def integer_prompts(graphs: dict[str, ir.Model], second: Plan) -> bool:
 
 
 def _replace(model: ir.Model, nodes: list[ir.Node], fused: ir.Node) -> None:
-    old, new = nodes[0].outputs[0], fused.outputs[0]
-    new.type, new.shape, name = old.type, old.shape, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    take_name(nodes[0].outputs[0], fused.outputs[0])
     model.graph.remove(nodes, safe=True)
-    new.name = name
 
 
 def _is_product(node: ir.Node, value: ir.Value, weight: QuantizedWeight) -> bool:

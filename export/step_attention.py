@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from llmx.export.fusions import MICROSOFT
+from llmx.export.values import constant
 from onnx_ir.passes import InPlacePass, PassResult
 
 #: `GroupQueryAttention`'s input (com.microsoft, onnxruntime 1.32).
@@ -51,14 +52,14 @@ class StepAttention(InPlacePass):
         key = (scale, heads * int(past.shape[3]), further * int(past.shape[3]))
         if key not in factors:
             values = np.concatenate([np.full(key[1], scale, np.float32), np.ones(key[2], np.float32)])
-            factors[key] = _constant(model, f"query_scale_{len(factors)}", values)
+            factors[key] = constant(model.graph, f"query_scale_{len(factors)}", values)
         scaled = ir.node("Mul", [query, factors[key]])
         scaled.outputs[0].type, scaled.outputs[0].shape = query.type, query.shape
         model.graph.insert_before(node, scaled)
         node.replace_input_with(0, scaled.outputs[0])
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
         if heads not in sinks:
-            sinks[heads] = _constant(model, f"no_head_sink_{heads}", np.full(heads, _NO_SINK, np.float32))
+            sinks[heads] = constant(model.graph, f"no_head_sink_{heads}", np.full(heads, _NO_SINK, np.float32))
         node.resize_inputs(max(len(node.inputs), _HEAD_SINK + 1))
         if node.inputs[_HEAD_SINK] is None:
             node.replace_input_with(_HEAD_SINK, sinks[heads])
@@ -69,10 +70,3 @@ def _is_plain(node: ir.Node) -> bool:
     scale, window = node.attributes.get("scale"), node.attributes.get("local_window_size")
     plain = scale is not None and scale.as_float() != 1.0 and (window is None or window.as_int() < 0)
     return plain and query is not None and query.dtype == ir.DataType.FLOAT
-
-
-def _constant(model: ir.Model, name: str, values: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(values, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
-    model.graph.initializers[name] = value
-    return value

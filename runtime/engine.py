@@ -98,7 +98,7 @@ class Engine:
         if searches:
             check_slots(params, self.backend.slots)
             check_room(params, self.scheduler.room, min(longest, len(prompt_ids) + (params.max_tokens or longest)))
-        count = (params.num_beams or 1) if searches else params.num_samples
+        count = params.num_sequences
         form = None if wanted is None else StructuredOutputsParams.of(wanted)
         grammars = [None if form is None else self.grammars.compile(form) for _ in range(count)]
         check_fits(len(prompt_ids), longest)

@@ -181,6 +181,11 @@ class SamplingParams:
         return self.best_of or self.n
 
     @property
+    def num_sequences(self) -> int:
+        """Continuations of a request: beams, or outputs that are drawn."""
+        return self.num_beams if self.num_beams is not None and self.num_beams > 1 else self.num_samples
+
+    @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list, in the order given."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())

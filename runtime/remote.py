@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from llmx.runtime.channel import Channel
+from llmx.runtime.driver import CLOSED
 from llmx.runtime.engine_process import INDEX_BITS, is_search
 from llmx.runtime.engine_stats import EngineStats
 from llmx.runtime.errors import ClosedError, EngineDeadError, LlmxError
@@ -84,8 +85,7 @@ class RemoteRequest:
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.is_search = is_search(params)
         self.taken: Future[None] = Future()  # shared by the requests of one `submit`
-        count = params.num_beams if (params.num_beams or 1) > 1 else params.num_samples
-        self.sequences = [RemoteSequence(self, index) for index in range(count or 1)]
+        self.sequences = [RemoteSequence(self, index) for index in range(params.num_sequences)]
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
@@ -223,7 +223,7 @@ class RemoteLLM(ChatMethods):
 
     def _check(self) -> None:
         if self._closing:
-            raise ClosedError("This LLM was closed; create a new one.")
+            raise ClosedError(CLOSED)
         if self._dead:
             raise EngineDeadError("The engine's process has ended; restart the server.")
 
@@ -341,7 +341,7 @@ class RemoteLLM(ChatMethods):
 
     def _end_error(self) -> LlmxError:
         if self._closing:
-            return ClosedError("This LLM was closed; create a new one.")
+            return ClosedError(CLOSED)
         return EngineDeadError("The process that runs the model has ended; the server ends as well. Send it again.")
 
     def how_it_ended(self) -> str:

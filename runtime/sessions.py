@@ -73,64 +73,55 @@ def open_sessions(folder: Path, manifest: Manifest, device: Device, settings: Se
     """
     check_version(manifest)
     own = {name: folder / graph.file for name, graph in manifest.graphs.items() if name != "candidates"}
-    files, identities = own, {path: _identity(path) for path in own.values()}
-    weights = folder / "weights.data"
-    identities[weights] = _identity(weights)
+    late = [name for name in _LATE if name in own]
+    sources = [folder / "weights.data", *(own[name] for name in late)] if late else []
+    identities = [_identity(path) for path in sources]
+    files = own
     if device.kind == "cpu" and settings.mapped_cache:
         cache = MappedCache(settings.cache_dir)
         cached = cache.get(folder, manifest, lambda: session_options(settings))
         files = cached or files
     trace = active()
 
-    def opened(name: str, options: Any) -> Any:
-        session = open_session(files[name], options, device.providers)
-        check_session(session, manifest.graphs[name], files[name])
-        return session
-
-    def options_of(name: str) -> Any:
+    def options_of(name: str, path: Path) -> Any:
         options = session_options(settings)
-        _as_it_is(options, files[name], own[name])
-        if trace is not None:
-            trace.prepare(options)
-        return options
-
-    def late(name: str) -> Any:
-        path = files[name]
-        # a cached file is found by what it was made of, and may be given up
-        if path == own[name] or not path.is_file():
-            if any(_identity(each) != identities[each] for each in (own[name], weights)):
-                raise PackageError(f"{folder} was replaced or removed while it was open; load it again.")
-            path = own[name]
+        if path != own[name]:  # cached, and optimised already: looking for more takes time and finds nothing
+            options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
         watching = active()
-        options = session_options(settings)
-        _as_it_is(options, path, own[name])
         if watching is not None:
             watching.prepare(options)
+        return options
+
+    def opened(name: str, path: Path, options: Any) -> Any:
         session = open_session(path, options, device.providers)
         check_session(session, manifest.graphs[name], path)
+        return session
+
+    def open_late(name: str) -> Any:
+        path, watching = files[name], active()
+        # a cached file is found by what it was made of, and may be given up
+        if path == own[name] or not path.is_file():
+            if [_identity(source) for source in sources] != identities:
+                raise PackageError(f"{folder} was replaced or removed while it was open; load it again.")
+            path = own[name]
+        session = opened(name, path, options_of(name, path))
         return session if watching is None else watching.watch(name, session)
 
-    first, *rest = {name: options_of(name) for name in files if name not in _LATE}.items()
+    first, *rest = [(name, path, options_of(name, path)) for name, path in files.items() if name not in late]
     if device.kind == "cpu" and trace is None:
         # Graphs share nothing while they open, and opening releases the interpreter's lock. (On a device the thread that opens
         # a session gets the device's context; profiles are named by the time at which their session opens.)
-        others = {name: Ahead(partial(opened, name, options)) for name, options in rest}
+        others = {each[0]: Ahead(partial(opened, *each)) for each in rest}
         try:
             session = opened(*first)
         finally:
             for other in others.values():
                 other.join()
-        return Sessions({first[0]: session, **{name: other.result() for name, other in others.items()}}, late)
-    sessions = {name: opened(name, options) for name, options in (first, *rest)}
+        return Sessions({first[0]: session, **{name: other.result() for name, other in others.items()}}, open_late)
+    sessions = {each[0]: opened(*each) for each in (first, *rest)}
     if trace is not None:
         sessions = {name: trace.watch(name, session) for name, session in sessions.items()}
-    return Sessions(sessions, late)
-
-
-def _as_it_is(options: Any, path: Path, own: Path) -> None:
-    """A cached graph (`path`, not the package's `own`) is optimised already: looking for more takes time and finds nothing."""
-    if path != own:
-        options.graph_optimization_level = import_onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+    return Sessions(sessions, open_late)
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -12,18 +12,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from llmx.runtime import LLM, ContextLengthError, RequestError, SamplingParams, Speculation, load_manifest
-from llmx.runtime.draft import DraftModel
 from llmx.runtime.engine import Engine
 from llmx.runtime.grammar import GrammarCompiler
 from llmx.runtime.manifest import TokenizerInfo
 from llmx.runtime.outputs import StreamPiece
-from llmx.runtime.pace import Costs
 from llmx.runtime.scheduler import Request
-from llmx.runtime.speculation import Guess, PromptLookup
+from llmx.runtime.speculation import Guess
 from llmx.runtime.speculator import Speculator
 from llmx.runtime.state import StatePool, plan_state
 from llmx.runtime.tokenizer import Tokenizer
-from test_traffic import CHUNK, LENGTH, SLOTS, Model, Traffic
+from test_traffic import CHUNK, LENGTH, SLOTS, Model, Traffic, make_speculator
 from zoo.models import VOCAB, write_tokenizer
 
 
@@ -40,13 +38,7 @@ class Crowd(Traffic):
     def start(self, guesser: str | None, spare: int, block: int, cached: int, rewinds: bool) -> None:
         blocks = -(-LENGTH // block) + SLOTS - 1 + spare // block
         backend = Model(SLOTS, LENGTH, VOCAB, rewinds or guesser is not None, blocks * block, block)
-        speculator = None
-        if guesser == "lookup":
-            chosen = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
-            speculator = Speculator(chosen, backend, PromptLookup(chosen.max_ngram, chosen.min_ngram))
-        elif guesser == "draft":
-            draft = DraftModel(Model(SLOTS, LENGTH, VOCAB), VOCAB, CHUNK)
-            speculator = Speculator(Speculation(draft="a package", num_tokens=3), backend, draft, Costs(0.05, 0.1))
+        speculator = make_speculator(guesser, backend)
         self.draws = guesser != "draft"
         self.engine = Engine(backend, self.tokenizer, CHUNK, prefix_cache_bytes=cached, speculator=speculator)
         self.engine.grammars = self.grammars

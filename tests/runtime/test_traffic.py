@@ -38,6 +38,17 @@ class Model(FakeBackend):
         return np.random.default_rng(near).standard_normal(self.vocab_size).astype(np.float32)
 
 
+def make_speculator(guesser: str | None, backend: Model) -> Speculator | None:
+    """Three guesses a pass by prompt "lookup", by a "draft" or by nobody."""
+    if guesser == "lookup":
+        chosen = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
+        return Speculator(chosen, backend, PromptLookup(chosen.max_ngram, chosen.min_ngram))
+    if guesser == "draft":
+        draft = DraftModel(Model(SLOTS, LENGTH, VOCAB), VOCAB, CHUNK)
+        return Speculator(Speculation(draft="a package", num_tokens=3), backend, draft, Costs(0.05, 0.1))
+    return None
+
+
 class Traffic(RuleBasedStateMachine):
     """Each output equals the one that its request gets alone, in an engine with one slot, no cache and no guesses."""
 
@@ -46,13 +57,8 @@ class Traffic(RuleBasedStateMachine):
 
     @initialize(guesser=st.sampled_from([None, "lookup", "draft"]))
     def start(self, guesser: str | None) -> None:
-        backend, speculator = Model(SLOTS, LENGTH, VOCAB), None
-        if guesser == "lookup":
-            chosen = Speculation(prompt_lookup=True, min_ngram=1, num_tokens=3)
-            speculator = Speculator(chosen, backend, PromptLookup(chosen.max_ngram, chosen.min_ngram))
-        elif guesser == "draft":
-            draft = DraftModel(Model(SLOTS, LENGTH, VOCAB), VOCAB, CHUNK)
-            speculator = Speculator(Speculation(draft="a package", num_tokens=3), backend, draft, Costs(0.05, 0.1))
+        backend = Model(SLOTS, LENGTH, VOCAB)
+        speculator = make_speculator(guesser, backend)
         self.draws = guesser != "draft"  # a draft's guesses change which of the same distribution's draws is drawn
         cache = 5 * CHUNK * 8  # five blocks: the fake's state is its tokens
         self.engine = Engine(backend, self.tokenizer, CHUNK, prefix_cache_bytes=cache, speculator=speculator)
